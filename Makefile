@@ -1,0 +1,38 @@
+# Everything runs in .venv, made on first use and again when pyproject.toml or the constraints change.
+PYTHON ?= python3
+BIN := .venv/bin
+
+export DIFFUSERS_DISABLE_REMOTE_CODE := 1
+export RAY_USAGE_STATS_ENABLED := 0
+
+.PHONY: demo test test-full lint bench clean
+
+# exec leaves no shell between make and Python: Ctrl-C reaches the driver, which takes its Ray processes down with it.
+demo: .venv/installed
+	@exec $(BIN)/python -m jobs.demo
+
+test: .venv/installed
+	$(BIN)/pytest -q --durations=10
+
+test-full: .venv/installed
+	$(BIN)/pytest -q --durations=10 -m full
+
+lint: .venv/installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy --strict platform
+	$(BIN)/pytest -q tests/test_house.py
+
+bench: .venv/installed
+	@exec $(BIN)/python -m jobs.benchmark adapter
+
+.venv/installed: pyproject.toml infra/constraints.txt
+	@echo "Installing into .venv, 2.4 GB: some minutes."
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/pip install -qq --disable-pip-version-check -c infra/constraints.txt -e '.[dev]'
+	@touch $@
+
+# Results (out/), the environment and every cache. Shipped weights stay.
+clean:
+	rm -rf .venv out .hypothesis .mypy_cache .pytest_cache .ruff_cache platform/*.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,37 @@
+"""Makes the miniature world from nothing: `python -m jobs.build_miniature`. Interrupted, it goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import tyro
+from rich import print
+
+from instantbooth.miniature.recipe import Recipe, build, ship
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Trains base, image encoder, segmenter, judges and adapters of the miniature world."""
+
+    output: Path = Path("out/miniature")
+    """Corpora, checkpoints and models are kept here."""
+    ship: Path | None = None
+    """Where to put the finished models in float16, for example platform/instantbooth/miniature/weights."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    recipe: Recipe = field(default_factory=Recipe)
+
+
+def main(options: Options) -> None:
+    """Runs what has not run yet and prints the figures of every stage."""
+    record = build(options.output, options.recipe, device=torch.device(options.device))
+    print(json.dumps(record, indent=2))
+    if options.ship is not None:
+        print(f"shipped {ship(options.output / 'models', options.ship) / 1e6:.1f} MB to {options.ship}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

@@ -1,0 +1,125 @@
+"""What is measured on generated pictures: obedience to the prompt, identity, and the paper's CLIP similarities."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from transformers import BaseImageProcessor, CLIPModel, CLIPTokenizer
+
+from instantbooth.errors import ParameterError
+from instantbooth.evaluation.judges import AttributeJudge
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """A mean and the bounds between which it lies with the stated confidence."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def prompt_accuracy(judge: AttributeJudge, images: Sequence[Image.Image], wanted: Sequence[Mapping[str, str]]) -> float:
+    """Share of the attributes named by the prompts that the judge sees in the pictures.
+
+    `wanted` holds one mapping of attribute to value for each picture; an attribute left out is not judged.
+    Raises ParameterError where counts differ, nothing is wanted, or the judge does not know an attribute or value.
+    """
+    if len(images) != len(wanted):
+        raise ParameterError(f"there are {len(images)} images but {len(wanted)} sets of attributes; pass one for each")
+    for name, value in {pair for row in wanted for pair in row.items()}:
+        if value not in judge.attributes.get(name, ()):
+            raise ParameterError(f"the judge knows no {name} {value!r}; it knows {judge.attributes}")
+    seen = judge.predict(images)
+    hits = [saw[name] == value for saw, row in zip(seen, wanted, strict=True) for name, value in row.items()]
+    if not hits:
+        raise ParameterError("no prompt names an attribute, so there is nothing to judge; pass at least one")
+    return float(np.mean(hits))
+
+
+def identification_top1(generated_embeddings: Tensor, labels: Tensor, gallery_embeddings: Tensor) -> float:
+    """Share of generated pictures whose nearest identity in the gallery is their own.
+
+    `generated_embeddings` [N, D]; `labels` [N], each picture's row in the gallery; `gallery_embeddings`
+    [identities, references, D]. Nearest is the highest cosine to the mean of an identity's (normalised) references.
+    """
+    centroids = F.normalize(F.normalize(gallery_embeddings.float(), dim=-1).mean(dim=1), dim=-1)
+    nearest = (F.normalize(generated_embeddings.float(), dim=-1) @ centroids.T).argmax(dim=1)
+    return float((nearest == labels).float().mean())
+
+
+def text_alignment(
+    clip: CLIPModel,
+    processor: BaseImageProcessor,
+    tokenizer: CLIPTokenizer,
+    images: Sequence[Image.Image],
+    prompts: Sequence[str],
+) -> Tensor:
+    """Cosine [N] of CLIP's embeddings of each picture and its prompt (the paper's "alignment").
+
+    Write prompts without the placeholder: CLIP does not know it. Raises ParameterError where counts differ.
+    """
+    if len(images) != len(prompts):
+        raise ParameterError(f"there are {len(images)} images but {len(prompts)} prompts; pass one for each")
+    return (embed_images(clip, processor, images) * embed_texts(clip, tokenizer, prompts)).sum(dim=-1)
+
+
+def reconstruction(
+    clip: CLIPModel, processor: BaseImageProcessor, images: Sequence[Image.Image], references: Sequence[Image.Image]
+) -> Tensor:
+    """Mean cosine [N] of CLIP's embeddings of each picture and all references of its subject (the paper's name)."""
+    return (embed_images(clip, processor, images) @ embed_images(clip, processor, references).T).mean(dim=1)
+
+
+@torch.no_grad()
+def embed_images(
+    clip: CLIPModel, processor: BaseImageProcessor, images: Sequence[Image.Image], *, batch_size: int = 64
+) -> Tensor:
+    """CLIP's projected image embeddings [N, D] of unit length, on the CPU."""
+    embeddings = []
+    for start in range(0, len(images), batch_size):
+        pixels = processor(images=list(images[start : start + batch_size]), return_tensors="pt")["pixel_values"]
+        pooled = clip.vision_model(pixel_values=pixels.to(clip.device)).pooler_output
+        embeddings.append(clip.visual_projection(pooled).float().cpu())
+    return F.normalize(torch.cat(embeddings), dim=-1)
+
+
+@torch.no_grad()
+def embed_texts(clip: CLIPModel, tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
+    """CLIP's projected text embeddings [N, D] of unit length, on the CPU."""
+    tokens = tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt").to(clip.device)
+    pooled = clip.text_model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).pooler_output
+    return F.normalize(clip.text_projection(pooled).float().cpu(), dim=-1)
+
+
+def bootstrap_interval(
+    values: npt.ArrayLike,
+    identities: npt.ArrayLike,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """Mean of `values` [N] with its bootstrap interval over `identities` [N], which are drawn whole.
+
+    Pictures of one identity are not independent of each other: drawing pictures would give too narrow an interval.
+    Raises ParameterError for no values or a value without identity.
+    """
+    numbers, owners = np.asarray(values, dtype=np.float64), np.asarray(identities)
+    if numbers.shape != owners.shape or numbers.ndim != 1 or not numbers.size:
+        raise ParameterError(
+            f"values {numbers.shape} and identities {owners.shape} must be equally long rows, not empty"
+        )
+    _, groups = np.unique(owners, return_inverse=True)
+    sums, counts = np.bincount(groups, numbers), np.bincount(groups)
+    drawn = np.random.default_rng(seed).integers(len(sums), size=(resamples, len(sums)))
+    means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(mean=float(numbers.mean()), low=float(low), high=float(high))

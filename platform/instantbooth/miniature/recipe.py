@@ -1,0 +1,270 @@
+"""The miniature world from nothing: every model in it, stage by stage, each checkpointed and resumed.
+
+    corpora → vae → segmenter, clip, judges → diffusion → adapters → figures
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
+from torch import Generator, Tensor
+from transformers import CLIPTokenizer
+
+from instantbooth.config import GenerationDefaults
+from instantbooth.miniature import clip, judging, segmenter
+from instantbooth.miniature.autoencoder import encode_latents, psnr, train_vae
+from instantbooth.miniature.corpus import Corpus, class_noun_of, render_corpus
+from instantbooth.miniature.crops import subject_crops
+from instantbooth.miniature.diffusion import new_scheduler, train_diffusion
+from instantbooth.miniature.vocabulary import learn_tokenizer
+from instantbooth.model.personalizer import Personalizer
+from instantbooth.presets import miniature_preset
+from instantbooth.prompts import PLACEHOLDER_TOKEN, SUBJECT_FIELD, expand, insert_field, tokenize_subject
+from instantbooth.training.adapters import AdapterObjective, AdapterTrainingConfig
+from instantbooth.training.loop import LoopConfig, train
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How much of everything. The defaults made the shipped weights."""
+
+    pretraining_pictures: int = 16_000
+    """Text-image pairs, each of an identity of its own, for all models but the judges."""
+    judging_identities: int = 3_000
+    """Identities the judges learn from, six pictures each."""
+    held_out_identities: int = 200
+    """Identities the judges are checked on, six pictures each."""
+    vae: LoopConfig = LoopConfig(steps=1500, learning_rate=1.5e-3, decay_steps=400, ema_decay=0.995)
+    vae_batch_size: int = 16
+    segmenter: LoopConfig = segmenter.TRAINING
+    clip: LoopConfig = clip.TRAINING
+    attribute_judge: LoopConfig = judging.ATTRIBUTE_TRAINING
+    identity_judge: LoopConfig = judging.IDENTITY_TRAINING
+    diffusion: LoopConfig = LoopConfig(steps=4500, learning_rate=8e-4, warmup_steps=200, decay_steps=1000)
+    diffusion_batch_size: int = 32
+    adapters: AdapterTrainingConfig = AdapterTrainingConfig()
+    defaults: GenerationDefaults = GenerationDefaults(
+        adapter_scale=0.8, concept_scale=0.8, guidance_scale=4.0, num_inference_steps=25
+    )
+    """Sampling parameters; α and β are chosen on validation identities afterwards."""
+
+
+Stage = Callable[["Workshop"], dict[str, float]]
+
+
+class Workshop:
+    """A folder in which the stages leave their results: corpora, checkpoints, and the models in their formats."""
+
+    def __init__(self, folder: Path, recipe: Recipe, device: torch.device) -> None:
+        self.folder = folder
+        self.recipe = recipe
+        self.device = device
+        self.checkpoints = folder / "checkpoints"
+        self.models = folder / "models"
+
+    def corpus(self) -> Corpus:
+        """The text-image pairs."""
+        return render_corpus("pretraining", self.recipe.pretraining_pictures, 1, self.folder / "corpora")
+
+    def judging_corpus(self, split: str, identities: int) -> Corpus:
+        """Six pictures of each identity."""
+        return render_corpus(split, identities, 6, self.folder / "corpora")
+
+    def held_out(self) -> Corpus:
+        """Pictures no training has seen, to check everything but the judges on."""
+        return render_corpus("validation", 512, 1, self.folder / "corpora")
+
+    def tokenizer(self) -> CLIPTokenizer:
+        """One vocabulary for base and CLIP."""
+        path = self.models / "base" / "tokenizer"
+        if not path.exists():
+            corpus = self.corpus()
+            words = [*corpus.captions, *corpus.descriptions, *(f"a picture of a {noun} with" for noun in corpus.nouns)]
+            learn_tokenizer(words, placeholder=PLACEHOLDER_TOKEN).save_pretrained(path)
+        return CLIPTokenizer.from_pretrained(path)
+
+    def vae(self) -> AutoencoderKL:
+        """The trained one."""
+        vae: AutoencoderKL = AutoencoderKL.from_pretrained(self.models / "base" / "vae")
+        return vae.to(self.device).eval()  # type: ignore[no-any-return]
+
+    def latents(self) -> Tensor:
+        """Scaled latents of the corpus, encoded once."""
+        path = self.folder / "corpora" / "latents.safetensors"
+        vae = self.vae()
+        if not path.exists():
+            encoded = encode_latents(vae, torch.from_numpy(self.corpus().images)) * vae.config.scaling_factor
+            save_file({"latents": encoded}, path)
+        return load_file(path)["latents"]
+
+
+def build(folder: Path, recipe: Recipe, *, device: torch.device) -> dict[str, Any]:
+    """Runs every stage that has not run yet; returns figures by stage, also kept in models/RECORD.json."""
+    workshop = Workshop(folder, recipe, device)
+    record_path = workshop.models / "RECORD.json"
+    record: dict[str, Any] = json.loads(record_path.read_text()) if record_path.exists() else {}
+    for name, stage in STAGES.items():
+        if name in record:
+            continue
+        torch.manual_seed(0)
+        started = time.perf_counter()
+        figures = stage(workshop)
+        record[name] = {**figures, "seconds": round(time.perf_counter() - started)}
+        record_path.parent.mkdir(parents=True, exist_ok=True)
+        record_path.write_text(json.dumps(record, indent=2) + "\n")
+    return record
+
+
+def _build_vae(shop: Workshop) -> dict[str, float]:
+    recipe = shop.recipe
+    vae = train_vae(
+        shop.corpus(), recipe.vae, batch_size=recipe.vae_batch_size, folder=shop.checkpoints, device=shop.device
+    )
+    vae.save_pretrained(shop.models / "base" / "vae")
+    return {"psnr_db": psnr(vae, torch.from_numpy(shop.held_out().images))}
+
+
+def _build_segmenter(shop: Workshop) -> dict[str, float]:
+    config = shop.recipe.segmenter
+    model = segmenter.train_segmenter(
+        shop.corpus(), config, batch_size=segmenter.BATCH_SIZE, folder=shop.checkpoints, device=shop.device
+    )
+    model.save_pretrained(shop.models / "segmenter")
+    segmenter.new_image_processor().save_pretrained(shop.models / "segmenter")
+    held_out = shop.held_out()
+    return {"mask_iou": segmenter.mask_iou(model, torch.from_numpy(held_out.images), torch.from_numpy(held_out.masks))}
+
+
+def _build_clip(shop: Workshop) -> dict[str, float]:
+    tokenizer = shop.tokenizer()
+    model = clip.train_clip(
+        shop.corpus(), tokenizer, shop.recipe.clip, batch_size=clip.BATCH_SIZE, folder=shop.checkpoints,
+        device=shop.device,
+    )
+    model.save_pretrained(shop.models / "clip")
+    tokenizer.save_pretrained(shop.models / "clip")
+    clip.new_image_processor().save_pretrained(shop.models / "clip")
+    return {"retrieval_top1_of_64": clip.retrieval_accuracy(model, tokenizer, shop.held_out())}
+
+
+def _build_judges(shop: Workshop) -> dict[str, float]:
+    recipe = shop.recipe
+    corpus = shop.judging_corpus("judging", recipe.judging_identities)
+    held_out = shop.judging_corpus("judging-held-out", recipe.held_out_identities)
+    attributes = judging.train_attribute_judge(
+        corpus, recipe.attribute_judge, batch_size=judging.ATTRIBUTE_BATCH_SIZE, folder=shop.checkpoints,
+        device=shop.device,
+    )
+    attributes.save(shop.models / "judges" / "attributes")
+    identity = judging.train_identity_judge(
+        corpus, recipe.identity_judge, identities_per_batch=judging.IDENTITIES_PER_BATCH, folder=shop.checkpoints,
+        device=shop.device,
+    )
+    identity.save(shop.models / "judges" / "identity")
+    accuracy = judging.attribute_accuracy(attributes, held_out)
+    return {
+        "attribute_accuracy": sum(accuracy.values()) / len(accuracy),
+        **{f"accuracy_{name}": value for name, value in accuracy.items()},
+        "verification_auc": judging.verification_auc(identity, held_out),
+    }
+
+
+def _build_diffusion(shop: Workshop) -> dict[str, float]:
+    recipe, tokenizer = shop.recipe, shop.tokenizer()
+    text_encoder, unet = train_diffusion(
+        shop.corpus(), shop.latents(), tokenizer, recipe.diffusion, placeholder=PLACEHOLDER_TOKEN,
+        batch_size=recipe.diffusion_batch_size, folder=shop.checkpoints, device=shop.device,
+    )
+    StableDiffusionPipeline(
+        vae=shop.vae(), text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=new_scheduler(),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    ).save_pretrained(shop.models / "base")
+    return {}
+
+
+def _build_adapters(shop: Workshop) -> dict[str, float]:
+    preset = replace(miniature_preset(shop.models), weights=None)
+    booth = Personalizer.untrained(
+        preset.base, image_encoder=preset.image_encoder, patch_layer=preset.patch_layer,
+        defaults=shop.recipe.defaults, device=shop.device,
+    )
+    losses = train_adapters(booth, shop.corpus(), shop.latents(), shop.recipe.adapters, folder=shop.checkpoints)
+    booth.save_weights(shop.models / "adapters")
+    return {"loss": sum(losses[-200:]) / len(losses[-200:])}
+
+
+STAGES: dict[str, Stage] = {
+    "vae": _build_vae,
+    "segmenter": _build_segmenter,
+    "clip": _build_clip,
+    "judges": _build_judges,
+    "diffusion": _build_diffusion,
+    "adapters": _build_adapters,
+}
+
+
+def train_adapters(
+    booth: Personalizer, corpus: Corpus, latents: Tensor, config: AdapterTrainingConfig, *, folder: Path
+) -> list[float]:
+    """The method's training on one machine, from rendered pairs and their latents; leaves the averaged weights."""
+    objective = AdapterObjective(booth, config)
+    images, masks = torch.from_numpy(corpus.images), torch.from_numpy(corpus.masks)
+    pairs = list(zip(corpus.captions, corpus.nouns, strict=True))
+    subjects = [_tokenized(booth, insert_field(caption, noun), noun) for caption, noun in pairs]
+    bare = {noun: _tokenized(booth, SUBJECT_FIELD, noun) for noun in set(corpus.nouns)}
+
+    def loss(step: int, generator: Generator) -> Tensor:
+        rows = torch.randint(len(corpus), (config.batch_size,), generator=generator)
+        ids, positions = zip(*(subjects[int(row)] for row in rows), strict=True)
+        bare_ids, bare_positions = zip(*(bare[corpus.nouns[int(row)]] for row in rows), strict=True)
+        batch = {
+            "latents": latents[rows],
+            "reference_pixels": subject_crops(images[rows], masks[rows], generator),
+            "input_ids": torch.tensor(ids),
+            "placeholder_position": torch.tensor(positions),
+            "bare_ids": torch.tensor(bare_ids),
+            "bare_position": torch.tensor(bare_positions),
+        }
+        value: Tensor = objective(batch, generator)
+        return value
+
+    loop = LoopConfig(
+        steps=config.steps,
+        learning_rate=config.adapter_learning_rate,
+        warmup_steps=config.warmup_steps,
+        decay_steps=config.steps // 4,
+        weight_decay=config.weight_decay,
+        ema_decay=config.ema_decay,
+        clip_norm=config.clip_norm,
+        seed=config.seed,
+    )
+    losses = train("adapters", objective, loss, loop, folder=folder, device=booth.base.device)
+    booth.trained.requires_grad_(False).eval()
+    return losses
+
+
+def _tokenized(booth: Personalizer, caption: str, noun: str) -> tuple[list[int], int]:
+    return tokenize_subject(booth.base.tokenizer, expand(caption, noun))
+
+
+def ship(models: Path, destination: Path) -> int:
+    """Copies the models with their tensors in float16; returns the bytes shipped."""
+    shutil.rmtree(destination, ignore_errors=True)
+    for path in sorted(file for file in models.rglob("*") if file.is_file()):
+        target = destination / path.relative_to(models)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".safetensors":
+            halves = {name: t.half() if t.is_floating_point() else t for name, t in load_file(path).items()}
+            save_file(halves, target, metadata={"format": "pt"})
+        else:
+            shutil.copyfile(path, target)
+    return sum(file.stat().st_size for file in destination.rglob("*") if file.is_file())

@@ -1,0 +1,122 @@
+"""A frozen Stable Diffusion 1.x model, loaded from diffusers' folder layout."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from instantbooth.errors import BaseModelError
+from instantbooth.model.samplers import NoiseSchedule
+
+PARTS = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
+
+
+@dataclass(kw_only=True)
+class BaseModel:
+    """The text-to-image model that personalization leaves as it is."""
+
+    tokenizer: CLIPTokenizer
+    text_encoder: CLIPTextModel
+    vae: AutoencoderKL
+    unet: UNet2DConditionModel
+    schedule: NoiseSchedule
+
+    @classmethod
+    def load(cls, name_or_path: str, *, device: torch.device, dtype: torch.dtype) -> BaseModel:
+        """Loads a folder, or a hub name. BaseModelError where it is not Stable Diffusion 1.x."""
+        folder = locate(name_or_path)
+        _check_layout(folder)
+        try:
+            tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+            text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=dtype)
+            vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=dtype)
+            unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype)
+            scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+        except (OSError, ValueError, RuntimeError) as error:
+            raise BaseModelError(f"{folder} cannot be loaded as Stable Diffusion 1.x: {error}") from error
+        for module in (text_encoder, vae, unet):
+            module.requires_grad_(False).eval().to(device)
+        return cls(
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            vae=vae,
+            unet=unet,
+            schedule=NoiseSchedule.from_config(scheduler),
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return self.unet.device  # type: ignore[no-any-return]
+
+    @property
+    def text_width(self) -> int:
+        """Width of the text encoder's output."""
+        return int(self.text_encoder.config.hidden_size)
+
+    @property
+    def image_size(self) -> int:
+        """Side of the pictures it makes, in pixels."""
+        return int(self.unet.config.sample_size) * self.vae_factor
+
+    @cached_property
+    def vae_factor(self) -> int:
+        """Pixels to a latent, along each side."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)  # type: ignore[no-any-return]
+
+    def encode_text(self, input_ids: Tensor) -> Tensor:
+        """Token ids [B, T] → prompt embeddings [B, T, W]."""
+        return self.text_encoder(input_ids.to(self.device)).last_hidden_state  # type: ignore[no-any-return]
+
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] in −1 … 1 → scaled mean latents."""
+        latents = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist.mean
+        return latents * self.vae.config.scaling_factor  # type: ignore[no-any-return]
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor, *, batch_size: int = 16) -> list[Image.Image]:
+        """Scaled latents [B, C, H, W] → RGB pictures."""
+        pictures = []
+        for batch in latents.split(batch_size):
+            pixels = self.vae.decode(batch.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
+            levels = (pixels.float().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
+            pictures += [Image.fromarray(each) for each in levels.permute(0, 2, 3, 1).cpu().numpy()]
+        return pictures
+
+
+def locate(name_or_path: str) -> Path:
+    """A local folder as it is, a hub name as its snapshot. BaseModelError where neither is found."""
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or name_or_path.count("/") != 1 or name_or_path.startswith((".", "~", "/")):
+        raise BaseModelError(f"{name_or_path!r} is no folder; name one, or a model on the Hugging Face hub (owner/name)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        patterns = ["*.json", "*.txt", "*.safetensors"]
+        return Path(snapshot_download(name_or_path, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise BaseModelError(
+            f"{name_or_path!r} is no folder here and cannot be fetched from the Hugging Face hub ({error})"
+        ) from error
+
+
+def _check_layout(folder: Path) -> None:
+    missing = [part for part in PARTS if not (folder / part).is_dir()]
+    if missing:
+        raise BaseModelError(
+            f"{folder} is no Stable Diffusion folder: it lacks {', '.join(missing)}; "
+            f"a folder in diffusers' layout holds {', '.join(PARTS)}"
+        )
+    if (folder / "text_encoder_2").is_dir():
+        raise BaseModelError(f"{folder} is a Stable Diffusion XL folder; name one of Stable Diffusion 1.x")

@@ -1,0 +1,142 @@
+"""What an identity becomes, and how it enters the model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from instantbooth.errors import ConceptError
+from instantbooth.model.adapter import GatedAdapter, KeysValues, References
+
+FORMAT = "instantbooth-concept-1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Concept:
+    """A subject, encoded once from N reference images: it serves any prompt."""
+
+    concept_embedding: Tensor
+    """f_c [1, W]: the mean over the images."""
+    patch_features: Tensor
+    """f_p [N · tokens, W]: the concatenation over the images."""
+    class_noun: str
+    """The noun prompts use for the subject."""
+    encoder_digest: str
+    """Which encoders made it; weights with others refuse it."""
+    image_digests: tuple[str, ...]
+    """SHA-256 of each reference image's pixels."""
+    created: str
+    """Time made, ISO 8601, UTC."""
+
+    @classmethod
+    def of(
+        cls,
+        concept_embeddings: Tensor,
+        patch_features: Tensor,
+        *,
+        class_noun: str,
+        encoder_digest: str,
+        image_digests: Sequence[str],
+    ) -> Concept:
+        """From the encoders' output for each image: [N, W] and [N, tokens, W]."""
+        return cls(
+            concept_embedding=concept_embeddings.mean(dim=0, keepdim=True),
+            patch_features=patch_features.flatten(0, 1),
+            class_noun=class_noun,
+            encoder_digest=encoder_digest,
+            image_digests=tuple(image_digests),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+
+    @property
+    def num_images(self) -> int:
+        """N, the number of reference images."""
+        return len(self.image_digests)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the tensors, the noun and the encoders; not of the time made."""
+        content = sha256(f"{FORMAT}|{self.class_noun}|{self.encoder_digest}".encode())
+        for tensor in (self.concept_embedding, self.patch_features):
+            content.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        return content.hexdigest()
+
+    def save(self, path: str | Path) -> None:
+        """Writes a safetensors file whose metadata tells class noun, digests and time."""
+        metadata = {
+            "format": FORMAT,
+            "class_noun": self.class_noun,
+            "encoder_digest": self.encoder_digest,
+            "image_digests": json.dumps(self.image_digests),
+            "created": self.created,
+        }
+        tensors = {
+            "concept_embedding": self.concept_embedding.detach().cpu().contiguous(),
+            "patch_features": self.patch_features.detach().cpu().contiguous(),
+        }
+        save_file(tensors, path, metadata=metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Concept:
+        """Reads what `save` wrote. ConceptError where the file is missing, damaged or no concept."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise ConceptError(f"{path} holds no concept; name a file written by Concept.save")
+                return cls(
+                    concept_embedding=file.get_tensor("concept_embedding"),
+                    patch_features=file.get_tensor("patch_features"),
+                    class_noun=metadata["class_noun"],
+                    encoder_digest=metadata["encoder_digest"],
+                    image_digests=tuple(json.loads(metadata["image_digests"])),
+                    created=metadata["created"],
+                )
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise ConceptError(f"{path} cannot be read as a concept ({error}); encode the subject again") from error
+
+
+def inject(prompt_embeds: Tensor, positions: Tensor, concept_embeddings: Tensor) -> Tensor:
+    """Replaces the text encoder's output at V̂ by the concept embedding (section 3.2 of the paper).
+
+    prompt_embeds [B, T, W], positions [B], concept_embeddings [B, W] → [B, T, W].
+    """
+    here = torch.arange(prompt_embeds.shape[1], device=prompt_embeds.device) == positions[:, None]
+    return torch.where(here[..., None], concept_embeddings[:, None].to(prompt_embeds.dtype), prompt_embeds)
+
+
+@torch.no_grad()
+def concept_keys_values(adapters: nn.ModuleDict, concept: Concept) -> dict[str, KeysValues]:
+    """The concept's keys and values in every adapter, each [1, heads, tokens, head width]: once for each concept."""
+    result = {}
+    for layer, adapter in adapters.items():
+        assert isinstance(adapter, GatedAdapter)
+        weight = adapter.project.weight
+        result[layer] = adapter.keys_values(concept.patch_features[None].to(weight.device, weight.dtype))
+    return result
+
+
+def batch_references(concepts: Sequence[dict[str, KeysValues]], scales: Tensor) -> References:
+    """One row for each concept, of different numbers of images: shorter ones are padded and masked."""
+    lengths = [next(iter(each.values()))[0].shape[2] for each in concepts]
+    longest = max(lengths)
+
+    def stack(layer: str, part: int) -> Tensor:
+        return torch.cat([F.pad(each[layer][part], (0, 0, 0, longest - n)) for each, n in zip(concepts, lengths, strict=True)])
+
+    mask = None
+    if min(lengths) < longest:
+        mask = torch.arange(longest, device=scales.device) < torch.tensor(lengths, device=scales.device)[:, None]
+    keys_values = {layer: (stack(layer, 0), stack(layer, 1)) for layer in concepts[0]}
+    return References(scale=scales.view(-1, 1, 1), keys_values=keys_values, mask=mask)

@@ -1,0 +1,108 @@
+"""The frozen CLIP image encoder, and the two trained layers behind it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import CLIPVisionModelWithProjection
+from transformers.utils import logging
+
+from instantbooth.errors import WeightsError
+
+
+class ImageEncoder(nn.Module):
+    """CLIP's image tower, frozen: one global feature and all tokens of an image."""
+
+    def __init__(self, folder: Path, *, patch_layer: int, device: torch.device, dtype: torch.dtype) -> None:
+        """Loads a CLIP folder. WeightsError where it is none."""
+        super().__init__()
+        self.folder = folder
+        self.patch_layer = patch_layer
+        try:
+            settings = json.loads((folder / "preprocessor_config.json").read_text())
+            with _without_load_report():
+                self.tower = CLIPVisionModelWithProjection.from_pretrained(folder, dtype=dtype).to(device)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise WeightsError(f"{folder} is no CLIP image encoder ({error}); name a folder of transformers' CLIP") from error
+        self.tower.requires_grad_(False).eval()
+        self.size = int(self.tower.config.image_size)
+        self.register_buffer("mean", torch.tensor(settings["image_mean"], device=device).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(settings["image_std"], device=device).view(3, 1, 1), persistent=False)
+
+    mean: Tensor
+    std: Tensor
+
+    @property
+    def global_width(self) -> int:
+        """Width of the global feature."""
+        return int(self.tower.config.projection_dim)
+
+    @property
+    def patch_width(self) -> int:
+        """Width of the tokens."""
+        return int(self.tower.config.hidden_size)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of an image: the class token and the patches."""
+        return int((self.size // self.tower.config.patch_size) ** 2 + 1)
+
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """A square RGB image → float [3, size, size] in 0 … 1."""
+        return resize_to_tensor(image, self.size)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels [N, 3, size, size] in 0 … 1 → global features [N, G] and tokens [N, tokens, W]."""
+        normalised = ((pixels - self.mean) / self.std).to(self.tower.dtype)
+        out = self.tower(pixel_values=normalised, output_hidden_states=True)
+        return out.image_embeds, out.hidden_states[self.patch_layer]
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the weights file and of the layer that is read."""
+        files = sorted(self.folder.glob("*.safetensors"))
+        content = hashlib.sha256(f"patch_layer={self.patch_layer}".encode())
+        for file in files:
+            with file.open("rb") as stream:
+                content.update(hashlib.file_digest(stream, "sha256").digest())
+        return content.hexdigest()
+
+
+class Encoders(nn.Module):
+    """E_c and E_p without the CLIP they share: one fully connected layer each, the trained part."""
+
+    def __init__(self, *, global_width: int, patch_width: int, text_width: int) -> None:
+        super().__init__()
+        self.concept = nn.Linear(global_width, text_width)
+        self.patch = nn.Linear(patch_width, text_width)
+
+    def forward(self, global_features: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Features of N images → concept embeddings [N, W] and patch features [N, tokens, W], one for each image."""
+        return self.concept(global_features), self.patch(tokens)
+
+
+@contextmanager
+def _without_load_report() -> Iterator[None]:
+    """A whole CLIP's text tower is left out on purpose; transformers would list every tensor of it."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def resize_to_tensor(image: Image.Image, size: int) -> Tensor:
+    """An RGB image, resized to a square → float [3, size, size] in 0 … 1."""
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 255

@@ -1,0 +1,33 @@
+"""Noising, and the denoising loss (equation 1 of the paper)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from instantbooth.model.samplers import NoiseSchedule
+
+
+def add_noise(latents: Tensor, noise: Tensor, timesteps: Tensor, schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
+    """Noisy latents at `timesteps` [B], and what the U-Net should predict of them (its prediction type's target)."""
+    alpha, sigma = signal_and_noise(timesteps, schedule, latents)
+    noisy = alpha * latents + sigma * noise
+    targets = {"epsilon": noise, "v_prediction": alpha * noise - sigma * latents, "sample": latents}
+    return noisy, targets[schedule.prediction_type]
+
+
+def signal_and_noise(timesteps: Tensor, schedule: NoiseSchedule, like: Tensor) -> tuple[Tensor, Tensor]:
+    """α and σ [B, 1, 1, 1] at integer timesteps."""
+    kept = schedule.alphas_cumprod[timesteps.cpu()].view(-1, 1, 1, 1)
+    return kept.sqrt().to(like), (1 - kept).sqrt().to(like)
+
+
+def denoising_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """L = E ‖target − prediction‖²."""
+    return F.mse_loss(prediction.float(), target.float())
+
+
+def draw_timesteps(rows: int, schedule: NoiseSchedule, generator: torch.Generator) -> Tensor:
+    """Uniform integer timesteps [rows], on the CPU."""
+    return torch.randint(schedule.num_train_timesteps, (rows,), generator=generator)

@@ -1,0 +1,367 @@
+"""The whole method: reference images to a concept, concept and prompts to pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from instantbooth.config import GenerationDefaults, WeightsConfig
+from instantbooth.errors import ConceptError, ImageError, ParameterError, PromptError, WeightsError
+from instantbooth.images import check_image, check_mask, crop_subject, mask_background
+from instantbooth.model.adapter import KeysValues, attach
+from instantbooth.model.base import BaseModel, locate
+from instantbooth.model.conditioning import Concept, batch_references, concept_keys_values, inject
+from instantbooth.model.denoise import DenoisingBatch, denoise, unit_noise
+from instantbooth.model.encoders import Encoders, ImageEncoder
+from instantbooth.model.samplers import SamplerTable, sampler_table
+from instantbooth.model.segmentation import Segmenter
+from instantbooth.model.weights import CONFIG_FILE, load_weights, save_weights, tensors_digest
+from instantbooth.parameters import check_range
+from instantbooth.presets import ModelPreset, preset
+from instantbooth.prompts import class_of, expand, tokenize, tokenize_subject
+
+MAX_REFERENCES = 16
+MAX_BATCH = 32
+"""Requests denoised together; more are taken in turn."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One picture to make: what a row of a batch is."""
+
+    prompt: str
+    """Expanded: the placeholder stands before the noun."""
+    negative_prompt: str
+    concept: Concept
+    table: SamplerTable
+    guidance_scale: float
+    adapter_scale: float
+    concept_scale: float
+    seed: int
+
+
+class Trained(nn.Module):
+    """All that training changes: the two fully connected layers and the adapters."""
+
+    def __init__(self, encoders: Encoders, adapters: nn.ModuleDict) -> None:
+        super().__init__()
+        self.encoders = encoders
+        self.adapters = adapters
+
+
+class Personalizer:
+    """Encodes subjects and generates pictures of them, with every part of Stable Diffusion frozen.
+
+    Instances hold no state between calls. `from_pretrained` loads trained weights, `untrained` starts anew.
+    """
+
+    def __init__(
+        self, base: BaseModel, image_encoder: ImageEncoder, segmenter: Segmenter | None, defaults: GenerationDefaults
+    ) -> None:
+        self.base = base
+        self.image_encoder = image_encoder
+        self.segmenter = segmenter
+        self.defaults = defaults
+        encoders = Encoders(
+            global_width=image_encoder.global_width, patch_width=image_encoder.patch_width, text_width=base.text_width
+        ).to(base.device, base.unet.dtype)
+        self.trained = Trained(encoders, attach(base.unet, base.text_width))
+        self.trained.requires_grad_(False)
+        self.placeholder_token = WeightsConfig.placeholder_token
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path = "miniature",
+        *,
+        weights: str | Path | None = None,
+        image_encoder: str | Path | None = None,
+        segmenter: str | Path | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Personalizer:
+        """Loads a preset ("miniature", "sd15") or a Stable Diffusion 1.x folder, with trained weights.
+
+        `weights` is a folder with config.json and weights.safetensors; the miniature brings its own. `image_encoder`
+        is a CLIP folder (the folder's own image_encoder/ where there is one), `segmenter` a segmentation model.
+        Raises BaseModelError and WeightsError.
+        """
+        chosen = _choose(model, weights, image_encoder, segmenter)
+        if chosen.weights is None:
+            raise WeightsError(f"{model} comes without trained weights; pass weights=, a folder from training")
+        folder = Path(chosen.weights)
+        config = WeightsConfig.load(folder / CONFIG_FILE)
+        booth = cls._assemble(replace(chosen, patch_layer=config.patch_layer), config.defaults, device, dtype)
+        booth.placeholder_token = config.placeholder_token
+        load_weights(folder, booth.trained)
+        return booth
+
+    @classmethod
+    def untrained(
+        cls,
+        model: str | Path = "miniature",
+        *,
+        image_encoder: str | Path | None = None,
+        segmenter: str | Path | None = None,
+        patch_layer: int | None = None,
+        defaults: GenerationDefaults | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Personalizer:
+        """The same with closed gates and random layers: where training starts."""
+        chosen = _choose(model, None, image_encoder, segmenter)
+        if patch_layer is not None:
+            chosen = replace(chosen, patch_layer=patch_layer)
+        return cls._assemble(chosen, defaults or GenerationDefaults(), device, dtype)
+
+    @classmethod
+    def _assemble(
+        cls, parts: ModelPreset, defaults: GenerationDefaults, device: str | torch.device | None, dtype: torch.dtype
+    ) -> Personalizer:
+        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        base = BaseModel.load(parts.base, device=target, dtype=dtype)
+        image_encoder = ImageEncoder(
+            locate(parts.image_encoder), patch_layer=parts.patch_layer, device=target, dtype=dtype
+        )
+        segmenter = None if parts.segmenter is None else Segmenter(locate(parts.segmenter), device=target)
+        return cls(base, image_encoder, segmenter, defaults)
+
+    @property
+    def config(self) -> WeightsConfig:
+        """What `save_weights` writes into config.json."""
+        return WeightsConfig(
+            placeholder_token=self.placeholder_token,
+            patch_layer=self.image_encoder.patch_layer,
+            global_width=self.image_encoder.global_width,
+            patch_width=self.image_encoder.patch_width,
+            text_width=self.base.text_width,
+            adapters=len(self.trained.adapters),
+            defaults=self.defaults,
+        )
+
+    def save_weights(self, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
+        """Writes config.json and weights.safetensors, which `from_pretrained(weights=…)` reads."""
+        save_weights(Path(folder), self.config, self.trained, dtype=dtype)
+
+    @property
+    def encoder_digest(self) -> str:
+        """Names the encoders: concepts made by others are refused."""
+        return sha256(f"{self.image_encoder.digest}{tensors_digest(self.trained.encoders)}".encode()).hexdigest()
+
+    @property
+    def weights_digest(self) -> str:
+        """Names everything trained, for provenance."""
+        return tensors_digest(self.trained)
+
+    @torch.inference_mode()
+    def encode(
+        self,
+        images: Sequence[Image.Image],
+        class_noun: str = "person",
+        masks: Sequence[Image.Image] | None = None,
+        *,
+        masked: bool = True,
+    ) -> Concept:
+        """Makes a concept of N ≥ 1 pictures of one subject.
+
+        Each picture is cropped to the subject and its background blacked, as in training. The mask is the given one,
+        else the alpha channel, else what the segmentation model finds; without any, or with `masked=False`, the
+        picture is used as it is, as in the paper's own inference. Raises ImageError and ParameterError.
+        """
+        class_of(class_noun)
+        references = _check_references(images, masks)
+        prepared = [self._prepare(image, mask, class_noun, masked) for image, mask in references]
+        pixels = torch.stack([self.image_encoder.preprocess(image) for image in prepared]).to(self.base.device)
+        global_features, tokens = self.image_encoder(pixels)
+        concept_embeddings, patch_features = self.trained.encoders(global_features, tokens)
+        return Concept.of(
+            concept_embeddings,
+            patch_features,
+            class_noun=class_noun,
+            encoder_digest=self.encoder_digest,
+            image_digests=[sha256(image.tobytes()).hexdigest() for image, _ in references],
+        )
+
+    def _prepare(self, image: Image.Image, mask: Image.Image | None, class_noun: str, masked: bool) -> Image.Image:
+        if mask is None and image.mode == "RGBA":
+            mask = image.getchannel("A")
+        if mask is None and masked and self.segmenter is not None:
+            mask = self.segmenter.masks([image.convert("RGB")], class_noun)[0]
+        if mask is None or not masked:
+            return _pad_to_square(image.convert("RGB"))
+        return mask_background(*crop_subject(image, mask))
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        concepts: Concept | Sequence[Concept],
+        *,
+        num_images_per_prompt: int = 1,
+        num_inference_steps: int | Sequence[int] | None = None,
+        guidance_scale: float | Sequence[float] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        adapter_scale: float | Sequence[float] | None = None,
+        concept_scale: float | Sequence[float] | None = None,
+        sampler: str | Sequence[str] | None = None,
+        seed: int | Sequence[int] = 0,
+    ) -> list[Image.Image]:
+        """Pictures of the subjects in the prompted scenes, prompt by prompt.
+
+        Prompts hold "{subject}" once. One concept, or one for each prompt; so with every parameter: a value, or a list
+        with one for each prompt. None means the weights' own default. Picture n of a prompt has seed + n, and is the
+        same in any company. Raises PromptError, ParameterError and ConceptError before any model runs.
+        """
+        requests = self.requests(
+            prompts,
+            concepts,
+            num_images_per_prompt=num_images_per_prompt,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            negative_prompt=negative_prompt,
+            adapter_scale=adapter_scale,
+            concept_scale=concept_scale,
+            sampler=sampler,
+            seed=seed,
+        )
+        return self.base.decode(self.sample(requests))
+
+    def requests(
+        self,
+        prompts: str | Sequence[str],
+        concepts: Concept | Sequence[Concept],
+        *,
+        num_images_per_prompt: int = 1,
+        **parameters: object,
+    ) -> list[Request]:
+        """Checks and spreads what `generate` takes: one request for each picture."""
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        check_range("num_images_per_prompt", num_images_per_prompt)
+        subjects = _spread("concepts", concepts, prompts)
+        columns = {name: _spread(name, value, prompts) for name, value in parameters.items()}
+        requests = []
+        for row, (prompt, concept) in enumerate(zip(prompts, subjects, strict=True)):
+            self._check_concept(concept)
+            first = self._request(prompt, concept, {name: column[row] for name, column in columns.items()})
+            requests += [replace(first, seed=first.seed + n) for n in range(num_images_per_prompt)]
+        return requests
+
+    def _request(self, prompt: object, concept: Concept, chosen: dict[str, object]) -> Request:
+        values = {name: getattr(self.defaults, name) if value is None and hasattr(self.defaults, name) else value
+                  for name, value in chosen.items()}
+        for name in ("num_inference_steps", "guidance_scale", "adapter_scale", "concept_scale", "seed"):
+            check_range(name, values[name])
+        negative = values["negative_prompt"] or ""
+        if not isinstance(negative, str) or "{subject}" in negative:
+            raise PromptError(f"negative_prompt {negative!r} must be text without {{subject}}; remove it")
+        text = expand(prompt, concept.class_noun, self.placeholder_token)
+        tokenize_subject(self.base.tokenizer, text, self.placeholder_token)
+        return Request(
+            prompt=text,
+            negative_prompt=negative,
+            concept=concept,
+            table=sampler_table(str(values["sampler"]), int(values["num_inference_steps"]), self.base.schedule),
+            guidance_scale=float(values["guidance_scale"]),
+            adapter_scale=float(values["adapter_scale"]),
+            concept_scale=float(values["concept_scale"]),
+            seed=int(values["seed"]),
+        )
+
+    def _check_concept(self, concept: object) -> None:
+        if not isinstance(concept, Concept):
+            raise ParameterError(f"concept is {type(concept).__name__}; pass what encode or Concept.load returned")
+        if concept.encoder_digest != self.encoder_digest:
+            raise ConceptError(
+                f"the concept was made by encoders {concept.encoder_digest[:12]}, these weights have "
+                f"{self.encoder_digest[:12]}; encode the reference images again with these weights"
+            )
+
+    @torch.inference_mode()
+    def sample(self, requests: Sequence[Request]) -> Tensor:
+        """Final latents [B, C, h, w] of the requests, denoised together."""
+        known: dict[str, dict[str, KeysValues]] = {}
+        for request in requests:
+            if request.concept.digest not in known:
+                known[request.concept.digest] = concept_keys_values(self.trained.adapters, request.concept)
+        done = []
+        for start in range(0, len(requests), MAX_BATCH):
+            latents = torch.empty(0)
+            batch = self.batch(requests[start : start + MAX_BATCH], known)
+            for latents in denoise(self.base.unet, batch):
+                pass
+            done.append(latents)
+        return torch.cat(done)
+
+    @torch.inference_mode()
+    def batch(self, requests: Sequence[Request], keys_values: dict[str, dict[str, KeysValues]]) -> DenoisingBatch:
+        """Embeds prompts, injects concepts, draws noise; `keys_values` holds each concept's by its digest."""
+        device, side = self.base.device, self.base.unet.config.sample_size
+        scales = torch.tensor([request.adapter_scale for request in requests], device=device)
+        embeddings = torch.cat([r.concept.concept_embedding.to(device) * r.concept_scale for r in requests])
+        tokenizer = self.base.tokenizer
+        tokenized = [tokenize_subject(tokenizer, request.prompt, self.placeholder_token) for request in requests]
+        prompt_embeds = self.base.encode_text(torch.tensor([ids for ids, _ in tokenized]))
+        positions = torch.tensor([position for _, position in tokenized], device=device)
+        negative = [tokenize(tokenizer, request.negative_prompt) for request in requests]
+        return DenoisingBatch(
+            latents=unit_noise([r.seed for r in requests], (self.base.unet.config.in_channels, side, side), device),
+            tables=[request.table for request in requests],
+            prompt_embeds=inject(prompt_embeds, positions, embeddings),
+            negative_embeds=self.base.encode_text(torch.tensor(negative)),
+            guidance_scales=[request.guidance_scale for request in requests],
+            references=batch_references([keys_values[r.concept.digest] for r in requests], scales),
+        )
+
+
+def _choose(
+    model: str | Path, weights: str | Path | None, image_encoder: str | Path | None, segmenter: str | Path | None
+) -> ModelPreset:
+    folder = Path(model)
+    if folder.is_dir():
+        own = folder / "image_encoder"
+        if image_encoder is None and not own.is_dir():
+            raise WeightsError(f"{folder} has no image_encoder/; pass image_encoder=, the CLIP folder of these weights")
+        chosen = ModelPreset(base=str(folder), image_encoder=str(own))
+    else:
+        chosen = preset(str(model))
+    given = {"weights": weights, "image_encoder": image_encoder, "segmenter": segmenter}
+    return replace(chosen, **{name: str(value) for name, value in given.items() if value is not None})
+
+
+def _check_references(
+    images: Sequence[Image.Image], masks: Sequence[Image.Image] | None
+) -> list[tuple[Image.Image, Image.Image | None]]:
+    if isinstance(images, Image.Image) or not isinstance(images, Sequence):
+        raise ImageError(f"images is {type(images).__name__}; pass a list of PIL images")
+    if not 1 <= len(images) <= MAX_REFERENCES:
+        raise ImageError(f"{len(images)} reference images given; pass 1 to {MAX_REFERENCES}")
+    if masks is not None and len(masks) != len(images):
+        raise ImageError(f"{len(masks)} masks given for {len(images)} images; pass one for each image, or none")
+    checked = [check_image(image, name=f"image {n}") for n, image in enumerate(images, start=1)]
+    if masks is None:
+        return [(image, None) for image in checked]
+    return [
+        (image, check_mask(mask, image, f"mask {n}"))
+        for n, (image, mask) in enumerate(zip(checked, masks, strict=True), start=1)
+    ]
+
+
+def _spread(name: str, value: object, prompts: Sequence[str]) -> list[object]:
+    """One value for every prompt."""
+    if isinstance(value, str | Concept) or not isinstance(value, Sequence):
+        return [value] * len(prompts)
+    if len(value) != len(prompts):
+        raise ParameterError(f"{name} has {len(value)} values for {len(prompts)} prompts; pass one, or one for each prompt")
+    return list(value)
+
+
+def _pad_to_square(image: Image.Image) -> Image.Image:
+    side = max(image.size)
+    square = Image.new("RGB", (side, side))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square

@@ -1,0 +1,58 @@
+"""Trained weights on disk: weights.safetensors beside config.json."""
+
+from __future__ import annotations
+
+import os
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from instantbooth.config import WeightsConfig
+from instantbooth.errors import WeightsError
+
+CONFIG_FILE = "config.json"
+TENSORS_FILE = "weights.safetensors"
+
+
+def save_weights(folder: Path, config: WeightsConfig, trained: nn.Module, *, dtype: torch.dtype) -> None:
+    """Writes the folder; config.json last, so that a folder cut short is never taken for weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: value.detach().to("cpu", dtype).contiguous() for name, value in trained.state_dict().items()}
+    partial = folder / f"{TENSORS_FILE}.partial"
+    save_file(tensors, partial)
+    os.replace(partial, folder / TENSORS_FILE)
+    config.save(folder / CONFIG_FILE)
+
+
+def load_weights(folder: Path, trained: nn.Module) -> None:
+    """Copies the folder's tensors into `trained`. WeightsError where they are missing, damaged or of another shape."""
+    path = folder / TENSORS_FILE
+    if not path.is_file():
+        raise WeightsError(f"{path} does not exist; name a folder with {CONFIG_FILE} and {TENSORS_FILE}")
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path} is damaged ({error}); copy or train the weights again") from error
+    expected = {name: tuple(value.shape) for name, value in trained.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in tensors.items()}
+    if expected != found:
+        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        name = wrong[0]
+        raise WeightsError(
+            f"{path} does not fit the model in {len(wrong)} tensors, first {name}: found {found.get(name)}, the model "
+            f"has {expected.get(name)}; use the base model and image encoder these weights were trained with"
+        )
+    trained.load_state_dict(tensors)
+
+
+def tensors_digest(module: nn.Module) -> str:
+    """SHA-256 of all parameters, by name, as float32."""
+    content = sha256()
+    for name, value in sorted(module.state_dict().items()):
+        content.update(name.encode())
+        content.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    return content.hexdigest()

@@ -1,0 +1,53 @@
+"""The numbers a caller may choose for a generated image, and the range of each."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from dataclasses import dataclass
+
+from instantbooth.errors import ParameterError, did_you_mean
+
+
+@dataclass(frozen=True, kw_only=True)
+class Range:
+    """Both ends are allowed."""
+
+    low: float
+    high: float
+    whole: bool = False
+
+
+RANGES = {
+    "num_inference_steps": Range(low=1, high=1000, whole=True),
+    "guidance_scale": Range(low=0, high=30),
+    "adapter_scale": Range(low=0, high=2),
+    "concept_scale": Range(low=0, high=2),
+    "num_images_per_prompt": Range(low=1, high=16, whole=True),
+    "seed": Range(low=0, high=2**63 - 1, whole=True),
+}
+
+
+def check_range(name: str, value: object) -> None:
+    """Raises ParameterError unless `value` is a finite number (no bool, NumPy's are welcome) in the range of `name`."""
+    if fault := range_fault(name, value):
+        raise ParameterError(f"{name} {fault}")
+
+
+def range_fault(name: str, value: object) -> str | None:
+    """Rule, value and fix in words where `value` is not in the range of `name`; None where it is."""
+    if name not in RANGES:
+        raise ParameterError(f"there is no parameter {name!r}. {did_you_mean(name, RANGES)}")
+    limits = RANGES[name]
+    kind = "a whole number" if limits.whole else "a number"
+    rule = f"must be {kind} from {limits.low} to {limits.high}, is {value!r}"
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral if limits.whole else numbers.Real):
+        return f"{rule}; pass {kind}"
+    number = int(value) if isinstance(value, numbers.Integral) else float(value)
+    if isinstance(number, float) and math.isnan(number):
+        return f"{rule}; pass {kind}"
+    if number < limits.low:
+        return f"{rule}; raise it to {limits.low} or more"
+    if number > limits.high:
+        return f"{rule}; lower it to {limits.high} or less"
+    return None

@@ -1,0 +1,159 @@
+"""Training the method: adapters and the two fully connected layers, everything else frozen."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Generator, Tensor, nn
+from transformers import CLIPTokenizer
+
+from instantbooth.errors import BaseModelError
+from instantbooth.images import Augmentation, augment, crop_subject, mask_background
+from instantbooth.model.adapter import References, adapter_kwargs
+from instantbooth.model.base import locate
+from instantbooth.model.conditioning import inject
+from instantbooth.model.encoders import resize_to_tensor
+from instantbooth.model.objective import add_noise, denoising_loss, draw_timesteps
+from instantbooth.model.personalizer import Personalizer
+from instantbooth.prompts import SUBJECT_FIELD, expand, tokenize_subject
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterTrainingConfig:
+    """The method's hyperparameters. The defaults suit the miniature; the paper's are in parentheses."""
+
+    steps: int = 1200
+    """Optimizer steps (320 000 for persons, 200 000 for cats)."""
+    batch_size: int = 32
+    """Text-image pairs in a step, over all workers (16)."""
+    adapter_learning_rate: float = 6e-4
+    """AdamW's, for the adapters (1e-6)."""
+    encoder_learning_rate: float = 6e-4
+    """AdamW's, for the two fully connected layers (1e-4)."""
+    warmup_steps: int = 50
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.01
+    """AdamW's decoupled weight decay."""
+    ema_decay: float = 0.995
+    """Decay of the averaged parameters, which are the weights that training hands over."""
+    clip_norm: float = 1.0
+    """Gradients longer than this are scaled down to it."""
+    text_dropout: float = 0.08
+    """Share of rows trained without a caption: "V̂ noun" alone is said."""
+    image_dropout: float = 0.08
+    """Share of rows trained without patch features (β = 0)."""
+    seed: int = 0
+    """All random numbers follow from it."""
+
+
+class ExamplePreparer:
+    """A pair becomes a training example, on a CPU worker; holds no model weights and pickles small."""
+
+    def __init__(
+        self, *, tokenizer: CLIPTokenizer, image_size: int, encoder_size: int, augmentation: Augmentation | None = None
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.image_size = image_size
+        self.encoder_size = encoder_size
+        self.augmentation = augmentation or Augmentation()
+
+    @classmethod
+    def for_model(cls, base: str, image_encoder: str, augmentation: Augmentation | None = None) -> ExamplePreparer:
+        """Reads sizes and tokenizer from the folders (or hub names) of base model and image encoder."""
+        folder, clip = locate(base), locate(image_encoder)
+        try:
+            unet = json.loads((folder / "unet" / "config.json").read_text())
+            vae = json.loads((folder / "vae" / "config.json").read_text())
+            vision = json.loads((clip / "config.json").read_text())
+            tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+        except (OSError, ValueError) as error:
+            raise BaseModelError(f"{folder} or {clip} cannot be read ({error}); name model folders") from error
+        return cls(
+            tokenizer=tokenizer,
+            image_size=unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1),
+            encoder_size=vision.get("vision_config", vision)["image_size"],
+            augmentation=augmentation,
+        )
+
+    def __call__(
+        self, *, image: Image.Image, mask: Image.Image, caption: str, noun: str, rng: np.random.Generator
+    ) -> dict[str, NDArray[np.generic]]:
+        """The target is the picture as it is; the reference its subject: masked, cropped, heavily augmented.
+
+        `caption` holds "{subject}" once. Returns pixel_values [3, H, W] in −1 … 1, reference_pixels [3, h, w] in
+        0 … 1, input_ids [T], bare_ids [T] ("V̂ noun" alone), and the position of V̂ in both [].
+        """
+        picture = image.convert("RGB")
+        reference = augment(mask_background(*crop_subject(picture, mask)), rng, settings=self.augmentation)
+        ids, position = tokenize_subject(self.tokenizer, expand(caption, noun))
+        bare_ids, bare_position = tokenize_subject(self.tokenizer, expand(SUBJECT_FIELD, noun))
+        return {
+            "pixel_values": (resize_to_tensor(picture, self.image_size) * 2 - 1).numpy(),
+            "reference_pixels": resize_to_tensor(reference, self.encoder_size).numpy(),
+            "input_ids": np.array(ids, np.int64),
+            "placeholder_position": np.array(position, np.int64),
+            "bare_ids": np.array(bare_ids, np.int64),
+            "bare_position": np.array(bare_position, np.int64),
+        }
+
+
+class AdapterObjective(nn.Module):
+    """The loss of a batch as a module, so that DistributedDataParallel can wrap it."""
+
+    def __init__(self, booth: Personalizer, config: AdapterTrainingConfig) -> None:
+        super().__init__()
+        self.booth = booth
+        self.config = config
+        self.trained = booth.trained
+        self.trained.requires_grad_(True).train()
+
+    def forward(self, batch: dict[str, Tensor], generator: Generator) -> Tensor:
+        """Mean denoising loss of a batch of examples; all randomness comes from `generator`, a CPU one.
+
+        Latents may be given as `latents` (scaled) in place of `pixel_values`.
+        """
+        base = self.booth.base
+        with torch.no_grad():
+            latents = batch["latents"] if "latents" in batch else base.encode_pixels(batch["pixel_values"])
+            global_features, tokens = self.booth.image_encoder(batch["reference_pixels"].to(base.device))
+        latents = latents.to(base.device)
+        rows = len(latents)
+        noise = torch.randn(latents.shape, generator=generator).to(base.device)
+        timesteps = draw_timesteps(rows, base.schedule, generator).to(base.device)
+        noisy, target = add_noise(latents, noise, timesteps, base.schedule)
+        drop_text = torch.rand(rows, generator=generator) < self.config.text_dropout
+        drop_image = torch.rand(rows, generator=generator) < self.config.image_dropout
+        concept_embeddings, patch_features = self.trained.encoders(global_features, tokens)
+        prompt_embeds = self._prompt_embeds(batch, drop_text, concept_embeddings)
+        scale = (~drop_image).to(base.device, noisy.dtype).view(-1, 1, 1)
+        references = References(scale=scale, patch_features=patch_features)
+        prediction = base.unet(
+            noisy, timesteps, prompt_embeds, cross_attention_kwargs=adapter_kwargs(references)
+        ).sample
+        return denoising_loss(prediction, target)
+
+    def _prompt_embeds(self, batch: dict[str, Tensor], drop_text: Tensor, concept_embeddings: Tensor) -> Tensor:
+        ids = torch.where(drop_text[:, None], batch["bare_ids"].cpu(), batch["input_ids"].cpu())
+        positions = torch.where(drop_text, batch["bare_position"].cpu(), batch["placeholder_position"].cpu())
+        with torch.no_grad():
+            prompt_embeds = self.booth.base.encode_text(ids)
+        return inject(prompt_embeds, positions.to(prompt_embeds.device), concept_embeddings)
+
+    def gates(self) -> dict[str, float]:
+        """|tanh γ| of every adapter, by layer."""
+        return {layer: float(adapter.gate.detach().tanh().abs()) for layer, adapter in self.trained.adapters.items()}
+
+
+def optimizer_for(objective: AdapterObjective, config: AdapterTrainingConfig) -> torch.optim.AdamW:
+    """AdamW over the trained parameters: one group for the adapters, one for the encoders, as in the paper."""
+    groups = [
+        {"params": list(objective.trained.adapters.parameters()), "lr": config.adapter_learning_rate},
+        {"params": list(objective.trained.encoders.parameters()), "lr": config.encoder_learning_rate},
+    ]
+    return torch.optim.AdamW(groups, weight_decay=config.weight_decay, betas=(0.9, 0.99))

@@ -1,0 +1,120 @@
+"""One resumable training loop for everything the miniature world trains on one machine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Generator, Tensor, nn
+
+from instantbooth.training.ema import EMA
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """How long and how fast to train."""
+
+    steps: int
+    """Optimizer steps in all."""
+    learning_rate: float
+    """Peak learning rate of AdamW, reached after `warmup_steps`."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up."""
+    decay_steps: int = 0
+    """Last steps, over which the learning rate falls linearly to a tenth."""
+    weight_decay: float = 0.01
+    """AdamW's decoupled weight decay."""
+    ema_decay: float = 0.999
+    """Decay of the averaged parameters, which are what training returns."""
+    clip_norm: float = 1.0
+    """Gradients longer than this are scaled down to it."""
+    checkpoint_every: int = 250
+    """Steps between checkpoints."""
+    seed: int = 0
+    """Every random number of step k comes from a generator seeded by (seed, k)."""
+
+
+def train(
+    name: str,
+    module: nn.Module,
+    loss: Callable[[int, Generator], Tensor],
+    config: LoopConfig,
+    *,
+    folder: Path,
+    device: torch.device,
+) -> list[float]:
+    """Minimises `loss(step, generator)` over the trainable parameters of `module`, resuming from `folder`.
+
+    At the end `module` holds the averaged parameters, in eval mode. Returns the loss of every step.
+    bfloat16 autocast is used throughout: on CPUs with AVX512-BF16 it halves the time of convolutions.
+    """
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.99), fused=True
+    )
+    ema = EMA(parameters, config.ema_decay)
+    checkpoint = folder / f"{name}.pt"
+    losses: list[float] = []
+    if checkpoint.exists():
+        losses = _restore(checkpoint, parameters, optimizer, ema, device)
+    module.train()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        bar = progress.add_task(name, total=config.steps, completed=len(losses))
+        for step in range(len(losses), config.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate * _schedule(step, config)
+            generator = Generator().manual_seed(config.seed * 1_000_003 + step)
+            with torch.autocast(device.type, dtype=torch.bfloat16):
+                value = loss(step, generator)
+            optimizer.zero_grad()
+            value.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+            optimizer.step()
+            ema.update(step)
+            losses.append(float(value.detach()))
+            recent = sum(losses[-50:]) / len(losses[-50:])
+            progress.update(bar, advance=1, description=f"{name}  loss {recent:.4f}")
+            if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
+                _save(checkpoint, parameters, optimizer, ema, losses)
+    ema.swap()
+    module.eval()
+    return losses
+
+
+def _schedule(step: int, config: LoopConfig) -> float:
+    rise = min(1.0, (step + 1) / max(config.warmup_steps, 1))
+    fall = min(1.0, (config.steps - step) / config.decay_steps) if config.decay_steps else 1.0
+    return rise * max(fall, 0.1)
+
+
+def _save(
+    path: Path, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, ema: EMA, losses: list[float]
+) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {
+        "parameters": [p.detach() for p in parameters],
+        "optimizer": optimizer.state_dict(),
+        "ema": ema.state_dict(),
+        "losses": losses,
+    }
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    os.replace(partial, path)
+
+
+def _restore(
+    path: Path, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, ema: EMA, device: torch.device
+) -> list[float]:
+    state = torch.load(path, map_location=device, weights_only=True)
+    with torch.no_grad():
+        for parameter, saved in zip(parameters, state["parameters"], strict=True):
+            parameter.copy_(saved)
+    optimizer.load_state_dict(state["optimizer"])
+    ema.load_state_dict(state["ema"])
+    losses: list[float] = state["losses"]
+    return losses

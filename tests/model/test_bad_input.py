@@ -1,0 +1,138 @@
+"""What users get wrong is told at once, in the project's own errors, before any model runs."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from instantbooth import Concept, Personalizer
+from instantbooth.errors import (
+    BaseModelError,
+    ConceptError,
+    ImageError,
+    InstantBoothError,
+    ParameterError,
+    PromptError,
+    WeightsError,
+)
+from PIL import Image
+from safetensors.torch import save_file
+from tests.tiny import portrait
+
+PROMPT = "a photo of a {subject}"
+
+
+@pytest.fixture(scope="module")
+def concept(booth: Personalizer) -> Concept:
+    image, mask = portrait(0)
+    return booth.encode([image], "person", [mask])
+
+
+@pytest.mark.parametrize(
+    ("images", "masks", "noun", "error", "message"),
+    [
+        ([], None, "person", ImageError, "0 reference images given; pass 1 to 16"),
+        ([portrait(0)[0]] * 17, None, "person", ImageError, "17 reference images"),
+        (portrait(0)[0], None, "person", ImageError, "pass a list"),
+        (["ada.jpg"], None, "person", ImageError, "must be a PIL image"),
+        ([Image.new("RGB", (1, 1))], None, "person", ImageError, "image 1"),
+        ([portrait(0)[0]], [], "person", ImageError, "0 masks given for 1 images"),
+        ([portrait(0)[0]], [Image.new("L", (8, 8), 255)], "person", ImageError, "must have its image's size"),
+        ([portrait(0)[0]], [Image.new("L", (40, 40))], "person", ImageError, "marks 0.00%"),
+        ([portrait(0)[0]], None, "perso", ParameterError, "Did you mean 'person'"),
+    ],
+)
+def test_references(
+    booth: Personalizer, images: object, masks: object, noun: str, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        booth.encode(images, noun, masks)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "P", "L", "LA", "RGBA", "1", "I;16"])
+def test_every_ordinary_kind_of_picture_is_taken(booth: Personalizer, mode: str) -> None:
+    image = portrait(0)[0]
+    converted = Image.new("I;16", (40, 40), 30_000) if mode == "I;16" else image.convert(mode)
+    assert booth.encode([converted], "person").num_images == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"adapter_scale": 3.0}, ParameterError, "adapter_scale must be"),
+        ({"adapter_scale": float("nan")}, ParameterError, "adapter_scale must be"),
+        ({"concept_scale": -0.1}, ParameterError, "concept_scale must be"),
+        ({"num_inference_steps": 0}, ParameterError, "num_inference_steps must be"),
+        ({"num_inference_steps": 2.5}, ParameterError, "a whole number"),
+        ({"num_images_per_prompt": 0}, ParameterError, "num_images_per_prompt must be"),
+        ({"guidance_scale": "7"}, ParameterError, "guidance_scale must be"),
+        ({"guidance_scale": [1.0, 2.0]}, ParameterError, "2 values for 1 prompts"),
+        ({"seed": -1}, ParameterError, "seed must be"),
+        ({"sampler": "dimm"}, ParameterError, "Did you mean 'ddim'"),
+        ({"negative_prompt": "a {subject}"}, PromptError, "without {subject}"),
+        ({"prompts": ["a photo"]}, PromptError, "names no subject"),
+        ({"prompts": [3]}, PromptError, "is int, not text"),
+        ({"concepts": "ada.safetensors"}, ParameterError, "pass what encode or Concept.load returned"),
+    ],
+)
+def test_parameters(
+    booth: Personalizer, concept: Concept, arguments: dict[str, object], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        booth.generate(**({"prompts": [PROMPT], "concepts": concept} | arguments))  # type: ignore[arg-type]
+
+
+def test_folders(tiny: Path, booth: Personalizer, tmp_path: Path) -> None:
+    def load(base: Path | str = tiny / "base", **parts: object) -> None:
+        Personalizer.from_pretrained(base, **({"image_encoder": tiny / "clip", "weights": tmp_path / "w"} | parts))
+
+    booth.save_weights(tmp_path / "w")
+    load()
+    (tmp_path / "empty").mkdir()
+    cases: list[tuple[type[Exception], str, dict[str, object]]] = [
+        (BaseModelError, "lacks tokenizer, text_encoder", {"base": tmp_path / "empty"}),
+        (WeightsError, "Did you mean 'miniature'", {"base": "minature"}),
+        (WeightsError, "config.json does not exist", {"weights": tmp_path / "nowhere"}),
+        (WeightsError, "no CLIP image encoder", {"image_encoder": tmp_path / "empty"}),
+        (WeightsError, "comes without trained weights", {"weights": None}),
+    ]
+    for error, message, arguments in cases:
+        with pytest.raises(error, match=message):
+            load(**arguments)  # type: ignore[arg-type]
+
+
+def test_damaged_and_foreign_weights(tiny: Path, booth: Personalizer, tmp_path: Path) -> None:
+    booth.save_weights(tmp_path)
+    tensors = tmp_path / "weights.safetensors"
+    whole = tensors.read_bytes()
+
+    def load() -> None:
+        Personalizer.from_pretrained(tiny / "base", image_encoder=tiny / "clip", weights=tmp_path)
+
+    for spoil, message in (
+        (lambda: tensors.write_bytes(whole[: len(whole) // 2]), "is damaged"),
+        (lambda: save_file({"encoders.concept.weight": torch.zeros(3)}, tensors), "does not fit the model"),
+        (tensors.unlink, "weights.safetensors does not exist"),
+        (lambda: (tmp_path / "config.json").write_text("{"), "is no weights' config.json"),
+        (lambda: (tmp_path / "config.json").write_text('{"format_version": 9}'), "format_version is 9"),
+    ):
+        spoil()
+        with pytest.raises(WeightsError, match=message):
+            load()
+
+
+def test_damaged_concepts(concept: Concept, tmp_path: Path) -> None:
+    path = tmp_path / "ada.safetensors"
+    concept.save(path)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ConceptError, match="cannot be read as a concept"):
+        Concept.load(path)
+    with pytest.raises(ConceptError, match="cannot be read as a concept"):
+        Concept.load(tmp_path / "nowhere")
+    save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(ConceptError, match="holds no concept"):
+        Concept.load(path)
+
+
+def test_every_error_is_one_of_ours() -> None:
+    for error in (BaseModelError, ConceptError, ImageError, ParameterError, PromptError, WeightsError):
+        assert issubclass(error, InstantBoothError)

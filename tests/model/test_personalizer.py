@@ -1,0 +1,201 @@
+"""The method's claims, on a tiny model with random weights, at float32."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from instantbooth import Concept, Personalizer
+from instantbooth.errors import ConceptError
+from instantbooth.model.adapter import References, adapter_kwargs, attach, detach
+from instantbooth.model.conditioning import batch_references, concept_keys_values
+from instantbooth.model.personalizer import Request
+from tests.tiny import portrait, tiny_booth
+
+PROMPT = "a photo of a {subject} at the beach"
+
+
+@pytest.fixture(scope="module")
+def concepts(booth: Personalizer) -> list[Concept]:
+    """Three identities with 1, 3 and 2 reference images."""
+    return [encode(booth, range(1)), encode(booth, range(3, 6)), encode(booth, range(8, 10))]
+
+
+def encode(booth: Personalizer, seeds: range | list[int], noun: str = "person") -> Concept:
+    images, masks = zip(*(portrait(seed) for seed in seeds), strict=True)
+    return booth.encode(list(images), noun, list(masks))
+
+
+def mixed_requests(booth: Personalizer, concepts: list[Concept]) -> list[Request]:
+    return booth.requests(
+        [PROMPT, "a watercolor of a {subject}", "a {subject} wearing a crown"],
+        concepts,
+        num_inference_steps=[4, 6, 5],
+        guidance_scale=[3.0, 1.0, 7.5],
+        negative_prompt=["", "a cat", ""],
+        adapter_scale=[1.0, 0.4, 0.7],
+        concept_scale=[0.5, 1.0, 0.8],
+        sampler=["ddim", "euler", "dpmsolver++"],
+        seed=[1, 2, 3],
+    )
+
+
+def unet_inputs(booth: Personalizer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, 4, 16, 16, generator=generator)
+    text = torch.randn(2, 24, booth.base.text_width, generator=generator)
+    return latents, torch.tensor([10, 700]), text
+
+
+def test_a_closed_gate_leaves_the_base_exactly_as_it_was(tiny: Path, concepts: list[Concept]) -> None:
+    booth = tiny_booth(tiny)
+    for adapter in booth.trained.adapters.values():
+        torch.nn.init.zeros_(adapter.gate)
+    inputs = unet_inputs(booth)
+    cached = [concept_keys_values(booth.trained.adapters, concept) for concept in concepts[:2]]
+    kwargs = adapter_kwargs(batch_references(cached, torch.ones(2)))
+    with torch.no_grad():
+        adapted = booth.base.unet(*inputs, cross_attention_kwargs=kwargs).sample
+        detach(booth.base.unet)
+        bare = booth.base.unet(*inputs).sample
+    assert torch.equal(adapted, bare)
+
+
+def test_open_gates_change_the_picture(booth: Personalizer, concepts: list[Concept]) -> None:
+    cached = [concept_keys_values(booth.trained.adapters, concept) for concept in concepts[:2]]
+    with torch.no_grad():
+        on, off = (
+            booth.base.unet(
+                *unet_inputs(booth),
+                cross_attention_kwargs=adapter_kwargs(batch_references(cached, torch.full((2,), scale))),
+            ).sample
+            for scale in (1.0, 0.0)
+        )
+    assert (on - off).abs().max() > 1e-3
+
+
+def test_adapter_scale_zero_is_the_base_with_the_concept_token_alone(tiny: Path, concepts: list[Concept]) -> None:
+    booth = tiny_booth(tiny)
+    requests = booth.requests([PROMPT] * 2, concepts[:2], adapter_scale=0, num_inference_steps=4, **defaults())
+    known = {c.digest: concept_keys_values(booth.trained.adapters, c) for c in concepts[:2]}
+    batch = booth.batch(requests, known)
+    inputs = (batch.latents, torch.tensor([500, 500]), batch.prompt_embeds)
+    with torch.no_grad():
+        scaled = booth.base.unet(*inputs, cross_attention_kwargs=adapter_kwargs(batch.references)).sample
+        detach(booth.base.unet)
+        assert torch.equal(scaled, booth.base.unet(*inputs).sample)
+
+
+def defaults() -> dict[str, object]:
+    return {"guidance_scale": None, "negative_prompt": None, "concept_scale": None, "sampler": None, "seed": 0}
+
+
+def test_the_embedding_is_the_mean_and_the_features_are_the_concatenation(booth: Personalizer) -> None:
+    together = encode(booth, range(3))
+    alone = [encode(booth, [seed]) for seed in range(3)]
+    mean = torch.stack([concept.concept_embedding for concept in alone]).mean(dim=0)
+    torch.testing.assert_close(together.concept_embedding, mean)
+    torch.testing.assert_close(together.patch_features, torch.cat([concept.patch_features for concept in alone]))
+    assert together.patch_features.shape == (3 * 17, booth.base.text_width)
+
+
+def test_the_order_of_reference_images_does_not_matter(booth: Personalizer) -> None:
+    latents = [
+        booth.sample(booth.requests(PROMPT, encode(booth, order), num_inference_steps=4, adapter_scale=1, **rest()))
+        for order in ([0, 1, 2], [2, 0, 1])
+    ]
+    torch.testing.assert_close(*latents, atol=1e-4, rtol=1e-4)
+
+
+def rest() -> dict[str, object]:
+    return {"guidance_scale": 3.0, "negative_prompt": None, "concept_scale": 1.0, "sampler": "ddim", "seed": 5}
+
+
+def test_a_mixed_batch_equals_each_row_alone(booth: Personalizer, concepts: list[Concept]) -> None:
+    requests = mixed_requests(booth, concepts)
+    together = booth.sample(requests)
+    alone = torch.cat([booth.sample([request]) for request in requests])
+    assert (together - alone).abs().max() <= 1e-4
+
+
+def test_changing_one_row_leaves_the_others_bit_identical(booth: Personalizer, concepts: list[Concept]) -> None:
+    first, second, third = mixed_requests(booth, concepts)
+    before = booth.sample([first, second, third])
+    changed = booth.requests(
+        "man {subject}",
+        encode(booth, [20, 21, 22]),
+        num_inference_steps=6,
+        adapter_scale=0.1,
+        **(rest() | {"guidance_scale": 1.0}),
+    )[0]
+    after = booth.sample([first, changed, third])
+    assert torch.equal(before[0], after[0])
+    assert torch.equal(before[2], after[2])
+    assert not torch.equal(before[1], after[1])
+
+
+def test_saved_keys_and_values_equal_the_papers_equation(booth: Personalizer, concepts: list[Concept]) -> None:
+    for layer, adapter in booth.trained.adapters.items():
+        width = adapter.to_q.in_features
+        y = torch.randn(2, 64, width, generator=torch.Generator().manual_seed(2))
+        cached = [concept_keys_values(booth.trained.adapters, concept) for concept in (concepts[0], concepts[1])]
+        scale = torch.tensor([1.0, 0.3])
+        with torch.no_grad():
+            fast = adapter(y, batch_references(cached, scale))
+            features = [concepts[0].patch_features[None], concepts[1].patch_features[None]]
+            slow = [adapter.equation(y[i : i + 1], features[i], scale[i]) for i in range(2)]
+        torch.testing.assert_close(fast, torch.cat(slow), atol=1e-5, rtol=1e-5, msg=lambda m: f"{layer}: {m}")
+
+
+def test_rows_behind_the_references_pass_unchanged(booth: Personalizer, concepts: list[Concept]) -> None:
+    adapter = next(iter(booth.trained.adapters.values()))
+    y = torch.randn(3, 64, adapter.to_q.in_features)
+    cached = [concept_keys_values(booth.trained.adapters, concepts[0])]
+    with torch.no_grad():
+        assert torch.equal(adapter(y, batch_references(cached, torch.ones(1)))[1:], y[1:])
+
+
+def test_saved_weights_and_concepts_give_bit_identical_pictures(
+    tiny: Path, booth: Personalizer, concepts: list[Concept], tmp_path: Path
+) -> None:
+    booth.save_weights(tmp_path / "weights")
+    again = Personalizer.from_pretrained(
+        tiny / "base", weights=tmp_path / "weights", image_encoder=tiny / "clip", device="cpu"
+    )
+    concepts[1].save(tmp_path / "ada.safetensors")
+    reloaded = Concept.load(tmp_path / "ada.safetensors")
+    assert (reloaded.class_noun, reloaded.image_digests) == ("person", concepts[1].image_digests)
+    pictures = [
+        each.generate(PROMPT, concept, num_inference_steps=4, num_images_per_prompt=2, seed=7)
+        for each, concept in ((booth, concepts[1]), (again, reloaded))
+    ]
+    assert [p.tobytes() for p in pictures[0]] == [p.tobytes() for p in pictures[1]]
+    assert pictures[0][0].tobytes() != pictures[0][1].tobytes()
+
+
+def test_concepts_of_other_encoders_are_refused(tiny: Path, concepts: list[Concept]) -> None:
+    other = tiny_booth(tiny)
+    with torch.no_grad():
+        other.trained.encoders.concept.weight.mul_(1.01)
+    with pytest.raises(ConceptError, match="encode the reference images again"):
+        other.generate(PROMPT, concepts[0])
+
+
+def test_adapters_sit_in_every_transformer_block_and_come_out_again(tiny: Path) -> None:
+    booth = tiny_booth(tiny)
+    unet = booth.base.unet
+    before = {name for name, _ in unet.named_modules() if "fuser" not in name and "position_net" not in name}
+    assert len(booth.trained.adapters) == 4
+    detach(unet)
+    assert {name for name, _ in unet.named_modules()} == before
+    assert len(attach(unet, 32)) == 4
+
+
+def test_training_and_inference_agree_on_the_adapter(booth: Personalizer, concepts: list[Concept]) -> None:
+    cached = batch_references([concept_keys_values(booth.trained.adapters, concepts[0])] * 2, torch.ones(2))
+    features = References(scale=torch.ones(2, 1, 1), patch_features=concepts[0].patch_features.expand(2, -1, -1))
+    with torch.no_grad():
+        outputs = [
+            booth.base.unet(*unet_inputs(booth), cross_attention_kwargs=adapter_kwargs(each)).sample
+            for each in (cached, features)
+        ]
+    torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)

@@ -1,0 +1,90 @@
+"""What training changes, and that it learns."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from instantbooth.training.adapters import AdapterObjective, AdapterTrainingConfig, ExamplePreparer, optimizer_for
+from instantbooth.training.ema import EMA
+from torch import Tensor
+from tests.tiny import portrait, tiny_booth
+
+
+@pytest.fixture(scope="module")
+def batch(tiny: Path) -> dict[str, Tensor]:
+    preparer = ExamplePreparer.for_model(str(tiny / "base"), str(tiny / "clip"))
+    examples = []
+    for seed in range(4):
+        image, mask = portrait(seed)
+        rng = np.random.default_rng(seed)
+        examples.append(preparer(image=image, mask=mask, caption="a photo of a {subject}", noun="cat", rng=rng))
+    return {name: torch.from_numpy(np.stack([each[name] for each in examples])) for name in examples[0]}
+
+
+def test_gradients_reach_adapters_and_the_two_layers_and_nothing_else(tiny: Path, batch: dict[str, Tensor]) -> None:
+    objective = AdapterObjective(tiny_booth(tiny), AdapterTrainingConfig(text_dropout=0, image_dropout=0))
+    objective(batch, torch.Generator().manual_seed(0)).backward()
+    booth = objective.booth
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in booth.trained.parameters())
+    trained = {id(p) for p in booth.trained.parameters()}
+    frozen = [booth.base.unet, booth.base.text_encoder, booth.base.vae, booth.image_encoder]
+    untouched = [p for module in frozen for p in module.parameters() if id(p) not in trained]
+    assert len(untouched) > 100
+    assert all(p.grad is None and not p.requires_grad for p in untouched)
+
+
+def test_the_optimizer_holds_what_is_trained_at_two_learning_rates(tiny: Path) -> None:
+    objective = AdapterObjective(tiny_booth(tiny), AdapterTrainingConfig())
+    config = AdapterTrainingConfig(adapter_learning_rate=1e-6, encoder_learning_rate=1e-4)
+    adapters, encoders = optimizer_for(objective, config).param_groups
+    assert (adapters["lr"], encoders["lr"]) == (1e-6, 1e-4)
+    held = {id(p) for group in (adapters, encoders) for p in group["params"]}
+    assert held == {id(p) for p in objective.parameters() if p.requires_grad}
+
+
+def test_training_lowers_the_loss_on_a_fixed_batch(tiny: Path, batch: dict[str, Tensor]) -> None:
+    config = AdapterTrainingConfig(adapter_learning_rate=1e-2, encoder_learning_rate=1e-2, image_dropout=0)
+    objective = AdapterObjective(tiny_booth(tiny), config)
+    optimizer = optimizer_for(objective, config)
+    losses = []
+    for _ in range(60):
+        loss = objective(batch, torch.Generator().manual_seed(3))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert min(losses[-5:]) < 0.95 * losses[0]
+
+
+def test_the_same_generator_gives_the_same_loss(tiny: Path, batch: dict[str, Tensor]) -> None:
+    objective = AdapterObjective(tiny_booth(tiny), AdapterTrainingConfig())
+    losses = [objective(batch, torch.Generator().manual_seed(seed)).item() for seed in (1, 1, 2)]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_examples_hide_the_background_from_the_reference(tiny: Path) -> None:
+    preparer = ExamplePreparer.for_model(str(tiny / "base"), str(tiny / "clip"))
+    image, mask = portrait(3)
+    pair = {"image": image, "mask": mask, "caption": "a {subject}", "noun": "person"}
+    first, again, other = (preparer(**pair, rng=np.random.default_rng(seed)) for seed in (0, 0, 1))
+    assert first["pixel_values"].shape == (3, 32, 32)
+    assert (first["reference_pixels"] == again["reference_pixels"]).all()
+    assert (first["reference_pixels"] != other["reference_pixels"]).any()
+    darkness = first["reference_pixels"].max(axis=0) < 0.02
+    assert darkness.mean() > 0.05
+    assert (first["pixel_values"].max(axis=0) < -0.96).mean() < 0.01
+
+
+def test_the_average_follows_the_parameters_and_swaps_back() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    ema = EMA([parameter], decay=0.5)
+    with torch.no_grad():
+        parameter.fill_(1.0)
+    for step in range(8):
+        ema.update(step)
+    assert 0.9 < float(ema.shadow[0][0]) < 1.0
+    ema.swap()
+    assert float(parameter.detach()[0]) < 1.0
+    ema.swap()
+    assert float(parameter.detach()[0]) == 1.0
