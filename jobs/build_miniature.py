@@ -1,4 +1,4 @@
-"""Makes the miniature world from nothing: `python -m jobs.build_miniature`. Interrupted, it goes on where it stopped."""
+"""Makes the miniature world from nothing: `python -m jobs.build_miniature`. Repeated, it goes on where it stopped."""
 
 from __future__ import annotations
 

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import CLIPTokenizer
+
 from instantbooth.errors import ParameterError, PromptError
 from instantbooth.prompts import class_of, expand, insert_field, placeholder_tokens, tokenize, tokenize_subject
-from transformers import CLIPTokenizer
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def test_a_subject_beyond_the_text_encoders_reach_is_refused(tokenizer: CLIPToke
         tokenize_subject(tokenizer, expand("a photo of " * 12 + "{subject}", "person"))
 
 
-@given(words=st.lists(st.sampled_from("a photo of beach cat wearing the ü".split()), max_size=40))
+@given(words=st.lists(st.sampled_from(["a", "photo", "of", "beach", "cat", "wearing", "the", "ü"]), max_size=40))
 def test_padding_equals_the_tokenizers_own(tokenizer: CLIPTokenizer, words: list[str]) -> None:
     text = " ".join(words)
     expected = tokenizer(text, padding="max_length", truncation=True, max_length=24)["input_ids"]

@@ -1,4 +1,4 @@
-"""A Stable Diffusion folder, a CLIP and a segmenter with random weights, built in a second: real classes, real formats."""
+"""A Stable Diffusion folder and a CLIP with random weights, built in a second: real classes, real formats."""
 
 from pathlib import Path
 
@@ -19,7 +19,12 @@ from instantbooth import Personalizer
 from instantbooth.miniature.vocabulary import learn_tokenizer
 
 WIDTH = 32
-CAPTIONS = ("a photo of a person at the beach", "a watercolor of a cat wearing a crown", "man woman kitten boy girl")
+CAPTIONS = (
+    "a photo of a person at the beach",
+    "a watercolor of a cat wearing a crown",
+    "man woman kitten boy girl lady",
+    "a close - up pencil drawing or pixel art picture",
+)
 
 
 def tiny_model(folder: Path) -> Path:

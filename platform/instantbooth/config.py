@@ -68,6 +68,8 @@ class WeightsConfig:
             known = {each.name for each in fields(cls)}
             return cls(defaults=defaults, **{name: value for name, value in values.items() if name in known})
         except FileNotFoundError:
-            raise WeightsError(f"{path} does not exist; name a folder with config.json and weights.safetensors") from None
+            raise WeightsError(
+                f"{path} does not exist; name a folder with {path.name} and weights.safetensors"
+            ) from None
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise WeightsError(f"{path} is no weights' config.json ({error}); save the weights anew") from error

@@ -4,6 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import save_file
+
 from instantbooth import Concept, Personalizer
 from instantbooth.errors import (
     BaseModelError,
@@ -14,8 +17,6 @@ from instantbooth.errors import (
     PromptError,
     WeightsError,
 )
-from PIL import Image
-from safetensors.torch import save_file
 from tests.tiny import portrait
 
 PROMPT = "a photo of a {subject}"

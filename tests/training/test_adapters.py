@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+
 from instantbooth.training.adapters import AdapterObjective, AdapterTrainingConfig, ExamplePreparer, optimizer_for
 from instantbooth.training.ema import EMA
-from torch import Tensor
 from tests.tiny import portrait, tiny_booth
 
 

@@ -17,6 +17,8 @@ LATENT_CHANNELS = 8
 KL_WEIGHT = 1e-6
 EDGE_WEIGHT = 1.0
 """Weight of the difference of image gradients: without it eyes and night windows dissolve."""
+COLOR_WEIGHT = 1.0
+"""Weight of the difference of 8-pixel averages: without it the colours of large areas are learned last."""
 SUBJECT_WEIGHT = 2.0
 """Weight of the subject's pixels against the background's 1."""
 
@@ -34,7 +36,9 @@ def new_vae() -> AutoencoderKL:
     )
 
 
-def train_vae(corpus: Corpus, config: LoopConfig, *, batch_size: int, folder: Path, device: torch.device) -> AutoencoderKL:
+def train_vae(
+    corpus: Corpus, config: LoopConfig, *, batch_size: int, folder: Path, device: torch.device
+) -> AutoencoderKL:
     """Fits L1 on pixels and on their gradients, with a slight pull of the latents to a unit normal."""
     vae = new_vae().to(device)
     if device.type == "cpu":
@@ -52,7 +56,10 @@ def train_vae(corpus: Corpus, config: LoopConfig, *, batch_size: int, folder: Pa
         edges = (difference.diff(dim=-1).abs() * weight[..., 1:]).mean() + (
             difference.diff(dim=-2).abs() * weight[..., 1:, :]
         ).mean()
-        return (difference.abs() * weight).mean() + EDGE_WEIGHT * edges + KL_WEIGHT * posterior.kl().mean()
+        colors = F.avg_pool2d(difference, 8).abs().mean()
+        pixelwise = (difference.abs() * weight).mean() + COLOR_WEIGHT * colors
+        value: Tensor = pixelwise + EDGE_WEIGHT * edges + KL_WEIGHT * posterior.kl().mean()
+        return value
 
     train("vae", vae, loss, config, folder=folder, device=device)
     sample = encode_latents(vae, images[:1024])

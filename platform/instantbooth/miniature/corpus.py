@@ -64,9 +64,7 @@ def identity_of(seed: int) -> Identity:
 
 def labels_of(attributes: dict[str, str]) -> list[int]:
     """Index of each attribute's value, −1 where `attributes` does not say."""
-    return [
-        values.index(attributes[name]) if name in attributes else -1 for name, values in ATTRIBUTES.items()
-    ]
+    return [values.index(attributes[name]) if name in attributes else -1 for name, values in ATTRIBUTES.items()]
 
 
 def render_corpus(split: str, identities: int, pictures_each: int, folder: Path, *, workers: int = 2) -> Corpus:

@@ -1,6 +1,6 @@
 """The miniature world from nothing: every model in it, stage by stage, each checkpointed and resumed.
 
-    corpora → vae → segmenter, clip, judges → diffusion → adapters → figures
+corpora → vae → segmenter, clip, judges → diffusion → adapters → scales
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ from torch import Generator, Tensor
 from transformers import CLIPTokenizer
 
 from instantbooth.config import GenerationDefaults
+from instantbooth.evaluation.miniature import Examination, choose_scales, draw_subjects
 from instantbooth.miniature import clip, judging, segmenter
 from instantbooth.miniature.autoencoder import encode_latents, psnr, train_vae
-from instantbooth.miniature.corpus import Corpus, class_noun_of, render_corpus
+from instantbooth.miniature.corpus import Corpus, render_corpus
 from instantbooth.miniature.crops import subject_crops
 from instantbooth.miniature.diffusion import new_scheduler, train_diffusion
 from instantbooth.miniature.vocabulary import learn_tokenizer
@@ -43,19 +44,21 @@ class Recipe:
     """Identities the judges learn from, six pictures each."""
     held_out_identities: int = 200
     """Identities the judges are checked on, six pictures each."""
-    vae: LoopConfig = LoopConfig(steps=1500, learning_rate=1.5e-3, decay_steps=400, ema_decay=0.995)
+    vae: LoopConfig = LoopConfig(steps=2800, learning_rate=1.5e-3, decay_steps=400, ema_decay=0.995)
     vae_batch_size: int = 16
     segmenter: LoopConfig = segmenter.TRAINING
     clip: LoopConfig = clip.TRAINING
     attribute_judge: LoopConfig = judging.ATTRIBUTE_TRAINING
     identity_judge: LoopConfig = judging.IDENTITY_TRAINING
-    diffusion: LoopConfig = LoopConfig(steps=4500, learning_rate=8e-4, warmup_steps=200, decay_steps=1000)
+    diffusion: LoopConfig = LoopConfig(steps=2800, learning_rate=8e-4, warmup_steps=200, decay_steps=600)
     diffusion_batch_size: int = 32
-    adapters: AdapterTrainingConfig = AdapterTrainingConfig()
+    adapters: AdapterTrainingConfig = AdapterTrainingConfig(steps=700)
     defaults: GenerationDefaults = GenerationDefaults(
         adapter_scale=0.8, concept_scale=0.8, guidance_scale=4.0, num_inference_steps=25
     )
-    """Sampling parameters; α and β are chosen on validation identities afterwards."""
+    """Sampling parameters; α and β are chosen on validation identities at the end."""
+    validation_subjects: int = 10
+    """Identities, with four prompts each, on which α and β are chosen."""
 
 
 Stage = Callable[["Workshop"], dict[str, float]]
@@ -95,7 +98,7 @@ class Workshop:
     def vae(self) -> AutoencoderKL:
         """The trained one."""
         vae: AutoencoderKL = AutoencoderKL.from_pretrained(self.models / "base" / "vae")
-        return vae.to(self.device).eval()  # type: ignore[no-any-return]
+        return vae.to(self.device).eval()
 
     def latents(self) -> Tensor:
         """Scaled latents of the corpus, encoded once."""
@@ -147,7 +150,11 @@ def _build_segmenter(shop: Workshop) -> dict[str, float]:
 def _build_clip(shop: Workshop) -> dict[str, float]:
     tokenizer = shop.tokenizer()
     model = clip.train_clip(
-        shop.corpus(), tokenizer, shop.recipe.clip, batch_size=clip.BATCH_SIZE, folder=shop.checkpoints,
+        shop.corpus(),
+        tokenizer,
+        shop.recipe.clip,
+        batch_size=clip.BATCH_SIZE,
+        folder=shop.checkpoints,
         device=shop.device,
     )
     model.save_pretrained(shop.models / "clip")
@@ -161,12 +168,18 @@ def _build_judges(shop: Workshop) -> dict[str, float]:
     corpus = shop.judging_corpus("judging", recipe.judging_identities)
     held_out = shop.judging_corpus("judging-held-out", recipe.held_out_identities)
     attributes = judging.train_attribute_judge(
-        corpus, recipe.attribute_judge, batch_size=judging.ATTRIBUTE_BATCH_SIZE, folder=shop.checkpoints,
+        corpus,
+        recipe.attribute_judge,
+        batch_size=judging.ATTRIBUTE_BATCH_SIZE,
+        folder=shop.checkpoints,
         device=shop.device,
     )
     attributes.save(shop.models / "judges" / "attributes")
     identity = judging.train_identity_judge(
-        corpus, recipe.identity_judge, identities_per_batch=judging.IDENTITIES_PER_BATCH, folder=shop.checkpoints,
+        corpus,
+        recipe.identity_judge,
+        identities_per_batch=judging.IDENTITIES_PER_BATCH,
+        folder=shop.checkpoints,
         device=shop.device,
     )
     identity.save(shop.models / "judges" / "identity")
@@ -181,25 +194,54 @@ def _build_judges(shop: Workshop) -> dict[str, float]:
 def _build_diffusion(shop: Workshop) -> dict[str, float]:
     recipe, tokenizer = shop.recipe, shop.tokenizer()
     text_encoder, unet = train_diffusion(
-        shop.corpus(), shop.latents(), tokenizer, recipe.diffusion, placeholder=PLACEHOLDER_TOKEN,
-        batch_size=recipe.diffusion_batch_size, folder=shop.checkpoints, device=shop.device,
+        shop.corpus(),
+        shop.latents(),
+        tokenizer,
+        recipe.diffusion,
+        placeholder=PLACEHOLDER_TOKEN,
+        batch_size=recipe.diffusion_batch_size,
+        folder=shop.checkpoints,
+        device=shop.device,
     )
     StableDiffusionPipeline(
-        vae=shop.vae(), text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=new_scheduler(),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        vae=shop.vae(),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=new_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     ).save_pretrained(shop.models / "base")
     return {}
 
 
 def _build_adapters(shop: Workshop) -> dict[str, float]:
-    preset = replace(miniature_preset(shop.models), weights=None)
+    preset = miniature_preset(shop.models)
     booth = Personalizer.untrained(
-        preset.base, image_encoder=preset.image_encoder, patch_layer=preset.patch_layer,
-        defaults=shop.recipe.defaults, device=shop.device,
+        preset.base,
+        image_encoder=preset.image_encoder,
+        patch_layer=preset.patch_layer,
+        defaults=shop.recipe.defaults,
+        device=shop.device,
     )
     losses = train_adapters(booth, shop.corpus(), shop.latents(), shop.recipe.adapters, folder=shop.checkpoints)
     booth.save_weights(shop.models / "adapters")
     return {"loss": sum(losses[-200:]) / len(losses[-200:])}
+
+
+def _choose_scales(shop: Workshop) -> dict[str, float]:
+    preset = miniature_preset(shop.models)
+    booth = Personalizer.from_pretrained(
+        preset.base, weights=preset.weights, image_encoder=preset.image_encoder, device=shop.device
+    )
+    exam = Examination(booth, shop.models / "judges", draw_subjects("validation", shop.recipe.validation_subjects))
+    chosen = choose_scales(exam, report=lambda row: print(json.dumps(row)))
+    booth.defaults = replace(
+        booth.defaults, adapter_scale=chosen["adapter_scale"], concept_scale=chosen["concept_scale"]
+    )
+    booth.save_weights(shop.models / "adapters")
+    return chosen
 
 
 STAGES: dict[str, Stage] = {
@@ -209,6 +251,7 @@ STAGES: dict[str, Stage] = {
     "judges": _build_judges,
     "diffusion": _build_diffusion,
     "adapters": _build_adapters,
+    "scales": _choose_scales,
 }
 
 

@@ -1,4 +1,4 @@
-"""Pictures of the miniature world as a user's own data: text-image pairs to train on, and a manifest of new subjects."""
+"""The miniature world's pictures as a user's own data: text-image pairs to train on, a manifest of new subjects."""
 
 from __future__ import annotations
 

@@ -79,7 +79,8 @@ class GatedAdapter(nn.Module):
         else:
             assert references.patch_features is not None
             keys, values = self.keys_values(references.patch_features)
-        updated = y + references.scale.to(y.dtype) * torch.tanh(self.gate) * self._attend(y, keys, values, references.mask)
+        attended = self._attend(y, keys, values, references.mask)
+        updated: Tensor = y + references.scale.to(y.dtype) * torch.tanh(self.gate) * attended
         return torch.cat([updated, hidden_states[covered:]]) if covered < len(hidden_states) else updated
 
     def keys_values(self, patch_features: Tensor) -> KeysValues:
@@ -92,7 +93,8 @@ class GatedAdapter(nn.Module):
         tokens = self.norm(torch.cat([y, self.project(patch_features)], dim=1))
         queries, keys, values = (self._split(part(tokens)) for part in (self.to_q, self.to_k, self.to_v))
         attended = self._merge(F.scaled_dot_product_attention(queries, keys, values))
-        return y + scale * torch.tanh(self.gate) * attended[:, : y.shape[1]]
+        updated: Tensor = y + scale * torch.tanh(self.gate) * attended[:, : y.shape[1]]
+        return updated
 
     def _attend(self, y: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         tokens = self.norm(y)
@@ -104,7 +106,8 @@ class GatedAdapter(nn.Module):
         return self._merge(attention(queries, keys, values, mask))
 
     def _split(self, tokens: Tensor) -> Tensor:
-        return tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        heads: Tensor = tokens.unflatten(-1, (self.heads, -1))
+        return heads.transpose(1, 2)
 
     def _merge(self, attended: Tensor) -> Tensor:
         return self.to_out(attended.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
@@ -117,7 +120,7 @@ def attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
     """
     if queries.device.type != "cpu" or not queries.requires_grad or mask is not None:
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
-    scores = queries @ keys.transpose(-1, -2) * queries.shape[-1] ** -0.5
+    scores: Tensor = queries @ keys.transpose(-1, -2) * queries.shape[-1] ** -0.5
     return scores.softmax(dim=-1) @ values
 
 

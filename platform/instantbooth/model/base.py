@@ -98,7 +98,7 @@ def locate(name_or_path: str) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists() or name_or_path.count("/") != 1 or name_or_path.startswith((".", "~", "/")):
-        raise BaseModelError(f"{name_or_path!r} is no folder; name one, or a model on the Hugging Face hub (owner/name)")
+        raise BaseModelError(f"{name_or_path!r} is no folder; name one, or a Hugging Face model (owner/name)")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

@@ -133,7 +133,8 @@ def batch_references(concepts: Sequence[dict[str, KeysValues]], scales: Tensor) 
     longest = max(lengths)
 
     def stack(layer: str, part: int) -> Tensor:
-        return torch.cat([F.pad(each[layer][part], (0, 0, 0, longest - n)) for each, n in zip(concepts, lengths, strict=True)])
+        parts = [each[layer][part] for each in concepts]
+        return torch.cat([F.pad(tokens, (0, 0, 0, longest - tokens.shape[2])) for tokens in parts])
 
     mask = None
     if min(lengths) < longest:

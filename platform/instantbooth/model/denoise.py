@@ -30,8 +30,8 @@ class DenoisingBatch:
     """[B, T, W]; used in rows whose guidance is above 1."""
     guidance_scales: Sequence[float]
     """At 1 or below a row costs one U-Net row, above it two."""
-    references: References
-    """The identities; one row each."""
+    references: References | None
+    """The identities; one row each. None for the base alone."""
 
 
 @torch.inference_mode()
@@ -52,7 +52,7 @@ def denoise(unet: UNet2DConditionModel, batch: DenoisingBatch) -> Iterator[Tenso
             running = torch.tensor(active, device=device)
             guided = torch.nonzero(guidance[running] > 1).flatten()
             text = torch.cat([batch.prompt_embeds[running], batch.negative_embeds[running[guided]]])
-            kwargs = adapter_kwargs(batch.references.rows(running))
+            kwargs = None if batch.references is None else adapter_kwargs(batch.references.rows(running))
         coefficients = torch.stack([batch.tables[row].coefficients(step) for row in active]).to(device)
         timesteps = torch.stack([batch.tables[row].timesteps[step] for row in active]).to(device)
         sample = latents[running]

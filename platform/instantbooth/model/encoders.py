@@ -32,11 +32,12 @@ class ImageEncoder(nn.Module):
             with _without_load_report():
                 self.tower = CLIPVisionModelWithProjection.from_pretrained(folder, dtype=dtype).to(device)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise WeightsError(f"{folder} is no CLIP image encoder ({error}); name a folder of transformers' CLIP") from error
+            raise WeightsError(f"{folder} is no CLIP image encoder ({error}); name a CLIP folder") from error
         self.tower.requires_grad_(False).eval()
         self.size = int(self.tower.config.image_size)
-        self.register_buffer("mean", torch.tensor(settings["image_mean"], device=device).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(settings["image_std"], device=device).view(3, 1, 1), persistent=False)
+        for name in ("mean", "std"):
+            values = torch.tensor(settings[f"image_{name}"], device=device).view(3, 1, 1)
+            self.register_buffer(name, values, persistent=False)
 
     mean: Tensor
     std: Tensor

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -246,14 +247,16 @@ class Personalizer:
         columns = {name: _spread(name, value, prompts) for name, value in parameters.items()}
         requests = []
         for row, (prompt, concept) in enumerate(zip(prompts, subjects, strict=True)):
-            self._check_concept(concept)
-            first = self._request(prompt, concept, {name: column[row] for name, column in columns.items()})
+            chosen = {name: column[row] for name, column in columns.items()}
+            first = self._request(prompt, self._checked(concept), chosen)
             requests += [replace(first, seed=first.seed + n) for n in range(num_images_per_prompt)]
         return requests
 
-    def _request(self, prompt: object, concept: Concept, chosen: dict[str, object]) -> Request:
-        values = {name: getattr(self.defaults, name) if value is None and hasattr(self.defaults, name) else value
-                  for name, value in chosen.items()}
+    def _request(self, prompt: object, concept: Concept, chosen: dict[str, Any]) -> Request:
+        values = {
+            name: getattr(self.defaults, name) if value is None and hasattr(self.defaults, name) else value
+            for name, value in chosen.items()
+        }
         for name in ("num_inference_steps", "guidance_scale", "adapter_scale", "concept_scale", "seed"):
             check_range(name, values[name])
         negative = values["negative_prompt"] or ""
@@ -272,7 +275,7 @@ class Personalizer:
             seed=int(values["seed"]),
         )
 
-    def _check_concept(self, concept: object) -> None:
+    def _checked(self, concept: object) -> Concept:
         if not isinstance(concept, Concept):
             raise ParameterError(f"concept is {type(concept).__name__}; pass what encode or Concept.load returned")
         if concept.encoder_digest != self.encoder_digest:
@@ -280,6 +283,7 @@ class Personalizer:
                 f"the concept was made by encoders {concept.encoder_digest[:12]}, these weights have "
                 f"{self.encoder_digest[:12]}; encode the reference images again with these weights"
             )
+        return concept
 
     @torch.inference_mode()
     def sample(self, requests: Sequence[Request]) -> Tensor:
@@ -329,8 +333,12 @@ def _choose(
         chosen = ModelPreset(base=str(folder), image_encoder=str(own))
     else:
         chosen = preset(str(model))
-    given = {"weights": weights, "image_encoder": image_encoder, "segmenter": segmenter}
-    return replace(chosen, **{name: str(value) for name, value in given.items() if value is not None})
+    return replace(
+        chosen,
+        weights=chosen.weights if weights is None else str(weights),
+        image_encoder=chosen.image_encoder if image_encoder is None else str(image_encoder),
+        segmenter=chosen.segmenter if segmenter is None else str(segmenter),
+    )
 
 
 def _check_references(
@@ -356,7 +364,7 @@ def _spread(name: str, value: object, prompts: Sequence[str]) -> list[object]:
     if isinstance(value, str | Concept) or not isinstance(value, Sequence):
         return [value] * len(prompts)
     if len(value) != len(prompts):
-        raise ParameterError(f"{name} has {len(value)} values for {len(prompts)} prompts; pass one, or one for each prompt")
+        raise ParameterError(f"{name} has {len(value)} values for {len(prompts)} prompts; pass one, or one for each")
     return list(value)
 
 

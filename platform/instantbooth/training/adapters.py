@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -147,7 +146,8 @@ class AdapterObjective(nn.Module):
 
     def gates(self) -> dict[str, float]:
         """|tanh γ| of every adapter, by layer."""
-        return {layer: float(adapter.gate.detach().tanh().abs()) for layer, adapter in self.trained.adapters.items()}
+        gates = {layer: adapter.get_parameter("gate") for layer, adapter in self.trained.adapters.items()}
+        return {layer: float(gate.detach().tanh().abs()) for layer, gate in gates.items()}
 
 
 def optimizer_for(objective: AdapterObjective, config: AdapterTrainingConfig) -> torch.optim.AdamW:

@@ -72,7 +72,7 @@ def train(
             with torch.autocast(device.type, dtype=torch.bfloat16):
                 value = loss(step, generator)
             optimizer.zero_grad()
-            value.backward()  # type: ignore[no-untyped-call]
+            value.backward()
             torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
             optimizer.step()
             ema.update(step)

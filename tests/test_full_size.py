@@ -1,0 +1,129 @@
+"""Stable Diffusion 1.5's true configuration with random weights, loaded, trained and sampled like the miniature.
+
+`make test-full`; takes minutes and 16 GB, so it stands outside `make test`.
+"""
+
+import resource
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import nn
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
+
+from instantbooth import Personalizer
+from instantbooth.training.adapters import AdapterObjective, AdapterTrainingConfig, ExamplePreparer, optimizer_for
+from tests.tiny import CAPTIONS, portrait
+
+pytestmark = pytest.mark.full
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from instantbooth.miniature.vocabulary import learn_tokenizer
+
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    folder = tmp_path_factory.mktemp("sd15")
+    tokenizer = learn_tokenizer(CAPTIONS, placeholder="sks")
+    tokenizer.model_max_length = 77
+    StableDiffusionPipeline(
+        vae=AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=2,
+            sample_size=512,
+        ),
+        text_encoder=CLIPTextModel(
+            CLIPTextConfig(
+                hidden_size=768,
+                intermediate_size=3072,
+                num_hidden_layers=12,
+                num_attention_heads=12,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        ),
+        tokenizer=tokenizer,
+        unet=UNet2DConditionModel(sample_size=64, cross_attention_dim=768),
+        scheduler=PNDMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    CLIPVisionModelWithProjection(
+        CLIPVisionConfig(
+            hidden_size=1024,
+            intermediate_size=4096,
+            projection_dim=768,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            patch_size=14,
+        )
+    ).save_pretrained(folder / "image_encoder")
+    CLIPImageProcessor().save_pretrained(folder / "image_encoder")
+    torch.set_default_dtype(torch.float32)
+    return folder
+
+
+def millions(module: nn.Module) -> float:
+    return sum(parameter.numel() for parameter in module.parameters()) / 1e6
+
+
+def test_sd15_encodes_trains_and_samples_within_16_gb(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    booth = Personalizer.untrained(folder, device="cpu", dtype=torch.bfloat16)
+    counts = {
+        "adapters": millions(booth.trained.adapters),
+        "encoders": millions(booth.trained.encoders),
+        "image encoder": millions(booth.image_encoder),
+        "unet": millions(booth.base.unet) - millions(booth.trained.adapters),
+    }
+    seconds: dict[str, float] = {}
+
+    def timed(name: str) -> None:
+        seconds[name] = time.perf_counter() - started
+
+    images, masks = zip(*(portrait(seed, 224) for seed in range(2)), strict=True)
+    started = time.perf_counter()
+    concept = booth.encode(list(images), "person", list(masks))
+    timed("encode 2 images")
+    assert concept.patch_features.shape == (2 * 257, 768)
+    started = time.perf_counter()
+    picture = booth.generate("a photo of a {subject}", concept, num_inference_steps=2, adapter_scale=1.0)[0]
+    timed("generate, 2 steps with guidance")
+    assert picture.size == (512, 512)
+    objective = AdapterObjective(booth, AdapterTrainingConfig(image_dropout=0))
+    optimizer = optimizer_for(objective, objective.config)
+    preparer = ExamplePreparer.for_model(str(folder), str(folder / "image_encoder"))
+    example = preparer(image=images[0], mask=masks[0], caption="a {subject}", noun="cat", rng=np.random.default_rng(0))
+    batch = {name: torch.from_numpy(value)[None] for name, value in example.items()}
+    before = [adapter.gate.item() for adapter in booth.trained.adapters.values()]
+    started = time.perf_counter()
+    for seed in range(2):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = objective(batch, torch.Generator().manual_seed(seed))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    timed("2 training steps")
+    assert torch.isfinite(loss)
+    assert before != [adapter.gate.item() for adapter in booth.trained.adapters.values()]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    with capsys.disabled():
+        print({name: f"{value:.1f} M" for name, value in counts.items()})
+        print({name: f"{value:.1f} s" for name, value in seconds.items()}, f"peak {peak:.1f} GB")
+    assert 58.5 < counts["adapters"] < 59.5
+    assert peak < 16
