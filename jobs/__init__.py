@@ -1,0 +1,13 @@
+"""Entry points, one a file: `python -m jobs.demo --help`.
+
+The settings below are read when transformers, diffusers and MLflow are imported, so they are made here, before any of
+them. Workers inherit them. What the user has set stands.
+"""
+
+import os
+
+os.environ.setdefault("DIFFUSERS_DISABLE_REMOTE_CODE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

@@ -71,6 +71,7 @@ def test_every_ordinary_kind_of_picture_is_taken(booth: Personalizer, mode: str)
         ({"sampler": "dimm"}, ParameterError, "Did you mean 'ddim'"),
         ({"negative_prompt": "a {subject}"}, PromptError, "without {subject}"),
         ({"prompts": ["a photo"]}, PromptError, "names no subject"),
+        ({"prompts": []}, PromptError, "no prompts given"),
         ({"prompts": [3]}, PromptError, "is int, not text"),
         ({"concepts": "ada.safetensors"}, ParameterError, "pass what encode or Concept.load returned"),
     ],

@@ -9,7 +9,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +50,16 @@ class Recipe:
     clip: LoopConfig = clip.TRAINING
     attribute_judge: LoopConfig = judging.ATTRIBUTE_TRAINING
     identity_judge: LoopConfig = judging.IDENTITY_TRAINING
-    diffusion: LoopConfig = LoopConfig(steps=2800, learning_rate=8e-4, warmup_steps=200, decay_steps=600)
+    diffusion: LoopConfig = LoopConfig(
+        steps=1800, learning_rate=8e-4, warmup_steps=200, decay_steps=450, ema_decay=0.996
+    )
     diffusion_batch_size: int = 32
-    adapters: AdapterTrainingConfig = AdapterTrainingConfig(steps=700)
+    adapters: AdapterTrainingConfig = AdapterTrainingConfig(steps=500)
     defaults: GenerationDefaults = GenerationDefaults(
         adapter_scale=0.8, concept_scale=0.8, guidance_scale=4.0, num_inference_steps=25
     )
     """Sampling parameters; α and β are chosen on validation identities at the end."""
-    validation_subjects: int = 10
+    validation_subjects: int = 8
     """Identities, with four prompts each, on which α and β are chosen."""
 
 
@@ -106,7 +108,7 @@ class Workshop:
         vae = self.vae()
         if not path.exists():
             encoded = encode_latents(vae, torch.from_numpy(self.corpus().images)) * vae.config.scaling_factor
-            save_file({"latents": encoded}, path)
+            save_file({"latents": encoded.contiguous()}, path)
         return load_file(path)["latents"]
 
 
@@ -115,6 +117,12 @@ def build(folder: Path, recipe: Recipe, *, device: torch.device) -> dict[str, An
     workshop = Workshop(folder, recipe, device)
     record_path = workshop.models / "RECORD.json"
     record: dict[str, Any] = json.loads(record_path.read_text()) if record_path.exists() else {}
+    record["made_by"] = {
+        "command": "python -m jobs.build_miniature",
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "recipe": asdict(recipe),
+    }
     for name, stage in STAGES.items():
         if name in record:
             continue

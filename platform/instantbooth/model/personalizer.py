@@ -242,6 +242,8 @@ class Personalizer:
     ) -> list[Request]:
         """Checks and spreads what `generate` takes: one request for each picture."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not prompts:
+            raise PromptError("no prompts given; pass at least one, such as 'a photo of a {subject}'")
         check_range("num_images_per_prompt", num_images_per_prompt)
         subjects = _spread("concepts", concepts, prompts)
         columns = {name: _spread(name, value, prompts) for name, value in parameters.items()}

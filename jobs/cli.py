@@ -1,0 +1,57 @@
+"""What every entry point shares: options from a configuration's fields, and errors as one clear line."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from instantbooth.errors import InstantBoothError
+
+Config = TypeVar("Config")
+
+
+def main(run: Callable[[Config], object], config: type[Config], description: str | None) -> None:
+    """Runs a job with the configuration given on the command line.
+
+    Exit status 2 and one line for a user's error, 130 for Ctrl-C; anything else is a defect and keeps its traceback.
+    """
+    try:
+        run(tyro.cli(config, description=description))
+    except InstantBoothError as error:
+        # Ray raises a task's error as a subclass whose text is the remote traceback; its cause is the error itself.
+        cause = getattr(error, "cause", error)
+        Console(stderr=True, soft_wrap=True).print("error:", str(cause), style="red", markup=False, highlight=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@contextmanager
+def following(title: str, total: int, look: Callable[[], tuple[int, str]]) -> Iterator[None]:
+    """A progress bar for work done elsewhere: `look` tells how much is done, and a word on it, once a second."""
+    finished = threading.Event()
+
+    def follow(progress: Progress, bar: TaskID) -> None:
+        while not finished.wait(1.0):
+            done, word = look()
+            progress.update(bar, completed=done, word=word)
+
+    columns = (TextColumn("{task.description:12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("{task.fields[word]}")) as progress:
+        bar = progress.add_task(title, total=total, word="")
+        follower = threading.Thread(target=follow, args=(progress, bar), daemon=True)
+        follower.start()
+        try:
+            yield
+        finally:
+            finished.set()
+            follower.join()
+            done, word = look()
+            progress.update(bar, completed=done, word=word)
