@@ -68,7 +68,7 @@ def test_the_segmenter_finds_the_subject_where_no_mask_is_given(miniature: Perso
 
 def test_a_picture_without_subject_is_refused(miniature: Personalizer) -> None:
     with pytest.raises(ImageError, match="no cat found"):
-        miniature.encode([Image.new("RGB", (64, 64), (120, 180, 240))], "cat")
+        miniature.encode([Image.new("RGB", (64, 64), "white")], "cat")
 
 
 def test_concepts_survive_the_disk(miniature: Personalizer, tmp_path_factory: pytest.TempPathFactory) -> None:

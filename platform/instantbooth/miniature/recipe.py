@@ -124,12 +124,11 @@ def build(folder: Path, recipe: Recipe, *, device: torch.device) -> dict[str, An
         "recipe": asdict(recipe),
     }
     for name, stage in STAGES.items():
-        if name in record:
-            continue
-        torch.manual_seed(0)
-        started = time.perf_counter()
-        figures = stage(workshop)
-        record[name] = {**figures, "seconds": round(time.perf_counter() - started)}
+        if name not in record:
+            torch.manual_seed(0)
+            started = time.perf_counter()
+            figures = stage(workshop)
+            record[name] = {**figures, "seconds": round(time.perf_counter() - started)}
         record_path.parent.mkdir(parents=True, exist_ok=True)
         record_path.write_text(json.dumps(record, indent=2) + "\n")
     return record
