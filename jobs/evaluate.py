@@ -1,4 +1,4 @@
-"""Judges a model: `python -m jobs.evaluate miniature` prints the shipped miniature's figures beside its bars."""
+"""Judges a model: `python -m jobs.evaluate` prints the shipped miniature's figures beside its bars."""
 
 from __future__ import annotations
 
