@@ -12,10 +12,8 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
 
 import torch
-import tyro
 from diffusers import UNet2DConditionModel
 from rich.progress import track
 from torch import Tensor, nn
@@ -58,7 +56,7 @@ class WrittenOut(nn.Module):
         return torch.cat([updated, hidden_states[covered:]])
 
 
-def run(options: Annotated[AdapterBenchmark, tyro.conf.subcommand("adapter", prefix_name=False)]) -> None:
+def adapter(options: cli.Flat[AdapterBenchmark]) -> None:
     """Prints the ratios and the medians behind them as JSON."""
     device = torch.device(options.device)
     unet, tokens = (_full_size_unet(device), SD15_TOKENS) if options.full_size else _miniature_unet(device)
@@ -157,4 +155,4 @@ def _wait(device: torch.device) -> None:
 
 
 if __name__ == "__main__":
-    cli.main(run, AdapterBenchmark, __doc__)
+    cli.commands({"adapter": adapter}, __doc__)

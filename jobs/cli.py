@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import tyro
 from rich.console import Console
@@ -15,15 +15,27 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from instantbooth.errors import InstantBoothError
 
 Config = TypeVar("Config")
+Flat = Annotated[Config, tyro.conf.arg(name="")]
+"""A command's configuration, whose fields are its options: `def adapter(options: cli.Flat[AdapterBenchmark])`."""
 
 
 def main(run: Callable[[Config], object], config: type[Config], description: str | None) -> None:
-    """Runs a job with the configuration given on the command line.
-
-    Exit status 2 and one line for a user's error, 130 for Ctrl-C; anything else is a defect and keeps its traceback.
-    """
-    try:
+    """Runs a job with the configuration given on the command line; errors end it as `ending` says."""
+    with ending():
         run(tyro.cli(config, description=description))
+
+
+def commands(runs: Mapping[str, Callable[..., object]], description: str | None) -> None:
+    """Runs the command named first on the command line, a function of one Flat configuration."""
+    with ending():
+        tyro.extras.subcommand_cli_from_dict(dict(runs), description=description)
+
+
+@contextmanager
+def ending() -> Iterator[None]:
+    """Exit status 2 and one line for a user's error, 130 for Ctrl-C; anything else is a defect with its traceback."""
+    try:
+        yield
     except InstantBoothError as error:
         # Ray raises a task's error as a subclass whose text is the remote traceback; its cause is the error itself.
         cause = getattr(error, "cause", error)

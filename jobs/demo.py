@@ -89,7 +89,7 @@ def demo(config: DemoConfig) -> dict[str, Any]:
         with _timed("personalize", seconds):
             _personalize(config, store, training)
     with _timed("report", seconds):
-        rows = load_manifest(store.uri("work/manifest.jsonl"))
+        rows = load_manifest(store.uri("orders/manifest.jsonl"))
         subjects = _subjects(store, rows)
         failures = [json.loads(line) for line in store.get(f"results/{FAILED}").splitlines()]
         summary = {
@@ -111,7 +111,7 @@ def demo(config: DemoConfig) -> dict[str, Any]:
 def _render(store: FileStore, config: DemoConfig) -> None:
     for _ in track(write_pairs(store, "pairs", config.pairs), "rendering pairs", total=config.pairs):
         pass
-    subjects = write_manifest(store, "work", subjects=config.subjects, references=config.references)
+    subjects = write_manifest(store, "orders", subjects=config.subjects, references=config.references)
     for _ in track(subjects, "rendering manifest", total=config.subjects):
         pass
 
@@ -131,7 +131,7 @@ def _train_config(config: DemoConfig, store: FileStore) -> TrainConfig:
 def _personalize(config: DemoConfig, store: FileStore, training: TrainReport) -> None:
     """Runs jobs.personalize as a Ray job and follows it by the pictures it stores."""
     options = {
-        "manifest": store.uri("work/manifest.jsonl"),
+        "manifest": store.uri("orders/manifest.jsonl"),
         "output": store.uri("results"),
         "model.base": config.model.base,
         "model.image-encoder": config.model.image_encoder,
@@ -139,7 +139,7 @@ def _personalize(config: DemoConfig, store: FileStore, training: TrainReport) ->
         "model.tracking-uri": config.model.tracking_uri,
     }
     arguments = [f"--{name}={value}" for name, value in options.items() if value is not None]
-    wanted = sum(len(row.prompts) for row in load_manifest(store.uri("work/manifest.jsonl")))
+    wanted = sum(len(row.prompts) for row in load_manifest(store.uri("orders/manifest.jsonl")))
 
     def look() -> tuple[int, str]:
         return sum(1 for _ in store.list(f"results/{IMAGES}/")), "pictures"
@@ -154,10 +154,7 @@ def run_ray_job(arguments: list[str]) -> None:
     Raises InstantBoothError with the end of the job's log where it fails.
     """
     client = JobSubmissionClient(ray.get_runtime_context().gcs_address)
-    # exec: stopping the job must reach Python, not a shell around it.
-    job = client.submit_job(
-        entrypoint=f"exec {shlex.join([sys.executable, *arguments])}", runtime_env={"env_vars": import_path()}
-    )
+    job = _submit(client, arguments, patience_s=60)
     try:
         status = _wait(client, job, seconds=math.inf)
     except BaseException:
@@ -168,6 +165,21 @@ def run_ray_job(arguments: list[str]) -> None:
     if status != JobStatus.SUCCEEDED:
         log = client.get_job_logs(job).strip().splitlines()
         raise InstantBoothError("\n".join([f"the Ray job {job} {status.value.lower()}; its log ends:", *log[-20:]]))
+
+
+def _submit(client: JobSubmissionClient, arguments: list[str], patience_s: float) -> str:
+    """The id of the job, once the cluster takes one: just started on a busy machine, it has no agent for jobs yet."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            # exec: stopping the job must reach Python, not a shell around it.
+            return client.submit_job(
+                entrypoint=f"exec {shlex.join([sys.executable, *arguments])}", runtime_env={"env_vars": import_path()}
+            )
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise
+        time.sleep(1)
 
 
 def _wait(client: JobSubmissionClient, job: str, seconds: float) -> JobStatus:

@@ -1,4 +1,4 @@
-"""Judges a model: `python -m jobs.evaluate` prints the shipped miniature's figures beside its bars."""
+"""Judges a model: `python -m jobs.evaluate miniature` prints the shipped miniature's figures beside its bars."""
 
 from __future__ import annotations
 
@@ -20,11 +20,9 @@ from jobs import cli
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """What to judge, and on how much."""
+class MiniatureExamination:
+    """Which miniature to judge, and on how much."""
 
-    model: Literal["miniature"] = "miniature"
-    """The model to judge."""
     folder: Path | None = None
     """A miniature built elsewhere (its base/, clip/, adapters/, judges/ …); the shipped one if not given."""
     weights: Path | None = None
@@ -37,7 +35,7 @@ class Options:
     """Where the pictures' grid and the figures go."""
 
 
-def main(options: Options) -> None:
+def miniature(options: cli.Flat[MiniatureExamination]) -> None:
     """Prints the figures as JSON; exit status 1 where one misses its bar."""
     folder = options.folder or miniature_folder()
     preset = miniature_preset(folder)
@@ -83,4 +81,4 @@ def grid(exam: Examination, *, subjects: int = 12, scale: int = 2) -> Image.Imag
 
 
 if __name__ == "__main__":
-    cli.main(main, Options, __doc__)
+    cli.commands({"miniature": miniature}, __doc__)

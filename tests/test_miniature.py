@@ -46,7 +46,7 @@ def test_the_weights_are_shipped_whole_within_40_mb() -> None:
 def test_pictures_follow_their_prompts_and_their_subjects(exam: Examination) -> None:
     images = exam.personalized(exam.concepts(5))
     assert images[0].size == (64, 64)
-    # Chance is about 0.2; the full figures come from `python -m jobs.evaluate`.
+    # Chance is about 0.2; the full figures come from `python -m jobs.evaluate miniature`.
     assert exam.prompt_accuracy(images) >= 0.5
     to_subjects = exam.identity.embed(images) @ exam.gallery.mean(dim=1).T
     own = exam.owners[:, None] == torch.arange(SUBJECTS)

@@ -38,7 +38,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Proj
     folder = tmp_path_factory.mktemp("project")
     store = FileStore(folder)
     list(write_pairs(store, "pairs", 24))
-    list(write_manifest(store, "work", subjects=3, references=2))
+    list(write_manifest(store, "orders", subjects=3, references=2))
     ingest(IngestConfig(source=f"{folder}/pairs", output=f"{folder}/curated", rows_per_shard=8))
     tiny = tiny_model(folder / "model")
     tiny_booth(tiny).save_weights(folder / "weights")
@@ -97,7 +97,7 @@ def test_what_training_cannot_have_is_refused_at_once(project: Project) -> None:
 
 
 def test_a_bad_row_fails_alone_and_a_picture_does_not_depend_on_its_company(project: Project) -> None:
-    rows = load_manifest(f"{project.folder}/work/manifest.jsonl")
+    rows = load_manifest(f"{project.folder}/orders/manifest.jsonl")
     unreadable = ManifestRow(
         id="absent", images=(f"{project.folder}/no.png",), class_noun="cat", prompts=rows[0].prompts
     )

@@ -51,10 +51,10 @@ class Recipe:
     attribute_judge: LoopConfig = judging.ATTRIBUTE_TRAINING
     identity_judge: LoopConfig = judging.IDENTITY_TRAINING
     diffusion: LoopConfig = LoopConfig(
-        steps=1800, learning_rate=8e-4, warmup_steps=200, decay_steps=450, ema_decay=0.996
+        steps=7000, learning_rate=8e-4, warmup_steps=200, decay_steps=1200, ema_decay=0.998
     )
     diffusion_batch_size: int = 32
-    adapters: AdapterTrainingConfig = AdapterTrainingConfig(steps=500)
+    adapters: AdapterTrainingConfig = AdapterTrainingConfig(steps=2000)
     defaults: GenerationDefaults = GenerationDefaults(
         adapter_scale=0.8, concept_scale=0.8, guidance_scale=4.0, num_inference_steps=25
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
@@ -12,11 +13,15 @@ from transformers import SegformerConfig, SegformerForSemanticSegmentation, Segf
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from instantbooth.miniature.corpus import CLASS_NOUNS, Corpus
+from instantbooth.miniature.world import Scene, render_empty
 from instantbooth.training.loop import LoopConfig, train
 
-TRAINING = LoopConfig(steps=600, learning_rate=2e-3, warmup_steps=50, decay_steps=300, ema_decay=0.99)
-"""After 600 steps the loss still falls: mask IoU 0.85, and a tenth of the subject's pixels of the wrong class."""
+TRAINING = LoopConfig(steps=1600, learning_rate=2e-3, warmup_steps=50, decay_steps=600, ema_decay=0.99)
 BATCH_SIZE = 48
+EMPTY = 0.1
+"""Share of pictures with nobody in them: without these, a subject is seen in every picture."""
+EMPTY_SCENES = 800
+"""Of these the empty pictures are drawn."""
 LABELS = ("background", *CLASS_NOUNS)
 SIZE = 64
 
@@ -45,15 +50,20 @@ def new_image_processor() -> SegformerImageProcessorPil:
 def train_segmenter(
     corpus: Corpus, config: LoopConfig, *, batch_size: int, folder: Path, device: torch.device
 ) -> SegformerForSemanticSegmentation:
-    """Cross-entropy of the logits, enlarged to the picture's size; half of the pictures mirrored."""
+    """Cross-entropy of the logits, enlarged to the picture's size; half of the pictures mirrored, some empty."""
     model = new_segmenter().to(device)
+    rng = np.random.default_rng([config.seed, 3])
+    empty = torch.from_numpy(np.stack([np.asarray(render_empty(Scene.sample(rng))) for _ in range(EMPTY_SCENES)]))
     images, masks = torch.from_numpy(corpus.images), torch.from_numpy(corpus.masks)
     classes = 1 + torch.from_numpy(corpus.identities % 2)
 
     def draw(generator: Generator) -> tuple[Tensor, Tensor]:
         rows = torch.randint(len(corpus), (batch_size,), generator=generator)
         mirrored = torch.rand(batch_size, generator=generator) < 0.5
-        pixels, subject = _normalize(images[rows]), masks[rows] > 127
+        nobody = (torch.rand(batch_size, generator=generator) < EMPTY)[:, None, None]
+        scenes = empty[torch.randint(EMPTY_SCENES, (batch_size,), generator=generator)]
+        pixels = _normalize(torch.where(nobody[..., None], scenes, images[rows]))
+        subject = (masks[rows] > 127) & ~nobody
         pixels = torch.where(mirrored[:, None, None, None], pixels.flip(-1), pixels)
         subject = torch.where(mirrored[:, None, None], subject.flip(-1), subject)
         return pixels.to(device), (subject * classes[rows, None, None]).to(device)

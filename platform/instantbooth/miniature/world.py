@@ -25,7 +25,7 @@ from instantbooth.miniature.wardrobe import (
     draw_open_hand,
 )
 
-__all__ = ["ATTRIBUTES", "NOUNS", "SIZE", "Identity", "Picture", "Scene", "caption_of", "render"]
+__all__ = ["ATTRIBUTES", "NOUNS", "SIZE", "Identity", "Picture", "Scene", "caption_of", "render", "render_empty"]
 
 SIZE = 64
 CLOSE_UP_SCALE = 1.28
@@ -54,18 +54,25 @@ def render(identity: Identity, scene: Scene) -> Picture:
     body = Pen(figure, mask, origin=origin, scale=scale, angle=scene.tilt * 0.2, light=light)
     head = Pen(figure, mask, origin=origin, scale=scale, angle=scene.tilt, light=light)
     _draw_figure(identity, scene, body, head, origin, scale)
-    background = draw_background(scene.background, SIZE, scene.seed, scene.mirrored)
-    image = compose(
+    covered = mask.reduce(SUPERSAMPLING).point([0] * 128 + [255] * 128)
+    return Picture(image=_compose(scene, figure), mask=covered)
+
+
+def render_empty(scene: Scene) -> Image.Image:
+    """The scene's background and style, and nobody in it."""
+    return _compose(scene, Image.new("RGBA", (SIZE * SUPERSAMPLING,) * 2, (0, 0, 0, 0)))
+
+
+def _compose(scene: Scene, figure: Image.Image) -> Image.Image:
+    return compose(
         scene.style,
-        background,
+        draw_background(scene.background, SIZE, scene.seed, scene.mirrored),
         figure,
         light=scene.light,
         dark=scene.background in DARK_PLACES,
         left=not scene.mirrored,
         seed=scene.seed,
     )
-    covered = mask.reduce(SUPERSAMPLING).point([0] * 128 + [255] * 128)
-    return Picture(image=image, mask=covered)
 
 
 def _draw_figure(
