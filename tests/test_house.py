@@ -24,6 +24,9 @@ FORBIDDEN = {
     **{f"platform/instantbooth/{name}.py": [*HEAVY, "instantbooth.model", *ABOVE_MODEL] for name in PURE},
     "platform/instantbooth/model/**/*.py": ABOVE_MODEL,
     "platform/instantbooth/training/**/*.py": ["instantbooth.evaluation", "instantbooth.miniature"],
+    "platform/instantbooth/engine/**/*.py": [
+        f"instantbooth.{name}" for name in ("training", "evaluation", "miniature")
+    ],
     "pipelines/**/*.py": [*WEB, "jobs", "serve"],
     "jobs/**/*.py": WEB,
 }

@@ -9,7 +9,10 @@
     ├── WeightsError            weights missing, damaged or of another shape
     │   └── BaseModelError        a folder that is not a Stable Diffusion model
     ├── ConceptError            a concept file damaged, or made by other encoders
-    └── StorageError            an object that cannot be read or written
+    ├── StorageError            an object that cannot be read or written
+    └── EngineError             a request that was not denoised
+        ├── OverloadedError       there are too many before it
+        └── DeadlineError         its time ran out
 
 Messages name the value, the rule and the fix. Every exception carries its message alone and so survives pickling.
 """
@@ -58,6 +61,18 @@ class ConceptError(InstantBoothError):
 
 class StorageError(InstantBoothError):
     """An object that cannot be read or written."""
+
+
+class EngineError(InstantBoothError):
+    """A request that the engine did not finish."""
+
+
+class OverloadedError(EngineError):
+    """The engine holds as many requests as it may: come back later."""
+
+
+class DeadlineError(EngineError):
+    """The request was not finished by its deadline."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

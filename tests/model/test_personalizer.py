@@ -78,10 +78,12 @@ def test_adapter_scale_zero_is_the_base_with_the_concept_token_alone(tiny: Path,
     booth = tiny_booth(tiny)
     requests = booth.requests([PROMPT] * 2, concepts[:2], adapter_scale=0, num_inference_steps=4, **defaults())
     known = {c.digest: concept_keys_values(booth.trained.adapters, c) for c in concepts[:2]}
-    batch = booth.batch(requests, known)
-    inputs = (batch.latents, torch.tensor([500, 500]), batch.prompt_embeds)
+    rows = booth.rows(requests)
+    text = torch.stack([row.prompt_embeds for row in rows])
+    inputs = (torch.stack([row.latents for row in rows]), torch.tensor([500, 500]), text)
+    references = batch_references([known[c.digest] for c in concepts[:2]], torch.zeros(2))
     with torch.no_grad():
-        scaled = booth.base.unet(*inputs, cross_attention_kwargs=adapter_kwargs(batch.references)).sample
+        scaled = booth.base.unet(*inputs, cross_attention_kwargs=adapter_kwargs(references)).sample
         detach(booth.base.unet)
         assert torch.equal(scaled, booth.base.unet(*inputs).sample)
 

@@ -16,7 +16,7 @@ from instantbooth.evaluation.judges import AttributeJudge, IdentityJudge
 from instantbooth.evaluation.metrics import identification_top1, prompt_accuracy
 from instantbooth.miniature.corpus import class_noun_of, identity_of, subject_seed
 from instantbooth.miniature.world import Picture, Scene, caption_of, render
-from instantbooth.model.denoise import DenoisingBatch, denoise, unit_noise
+from instantbooth.model.denoise import Row, denoise, unit_noise
 from instantbooth.model.personalizer import MAX_BATCH
 from instantbooth.model.samplers import sampler_table
 from instantbooth.prompts import SUBJECT_FIELD, tokenize
@@ -81,21 +81,21 @@ def generate_unpersonalized(booth: Personalizer, prompts: Sequence[str], seeds: 
     table = sampler_table(defaults.sampler, defaults.num_inference_steps, base.schedule)
     side = int(base.unet.config.sample_size)
     empty = base.encode_text(torch.tensor([tokenize(base.tokenizer, "")]))
+    shape = (base.unet.config.in_channels, side, side)
     pictures: list[Image.Image] = []
     for start in range(0, len(prompts), MAX_BATCH):
-        chosen = prompts[start : start + MAX_BATCH]
-        text = base.encode_text(torch.tensor([tokenize(base.tokenizer, prompt) for prompt in chosen]))
-        noise = unit_noise(seeds[start : start + MAX_BATCH], (base.unet.config.in_channels, side, side), base.device)
-        batch = DenoisingBatch(
-            latents=noise,
-            tables=[table] * len(chosen),
-            prompt_embeds=text,
-            negative_embeds=empty.expand_as(text),
-            guidance_scales=[defaults.guidance_scale] * len(chosen),
-            references=None,
-        )
-        latents = noise
-        for latents in denoise(base.unet, batch):
+        ids = [tokenize(base.tokenizer, prompt) for prompt in prompts[start : start + MAX_BATCH]]
+        rows = [
+            Row(
+                table=table,
+                prompt_embeds=text,
+                negative_embeds=empty[0],
+                guidance_scale=defaults.guidance_scale,
+                latents=unit_noise(seed, shape, base.device),
+            )
+            for text, seed in zip(base.encode_text(torch.tensor(ids)), seeds[start:], strict=False)
+        ]
+        for latents in denoise(base.unet, rows):
             pass
         pictures += base.decode(latents)
     return pictures

@@ -11,7 +11,7 @@ keys and values depend on neither the step nor the prompt: they are computed onc
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -41,18 +41,6 @@ class References:
     """Layer name → keys and values of f_p, each [n, heads, tokens, head width]."""
     mask: Tensor | None = None
     """[n, tokens], True where a token is one, False where it is padding; None where there is no padding."""
-
-    def rows(self, index: Tensor) -> References:
-        """The same for some of the rows."""
-        return replace(
-            self,
-            scale=self.scale[index],
-            patch_features=None if self.patch_features is None else self.patch_features[index],
-            keys_values=None
-            if self.keys_values is None
-            else {layer: (k[index], v[index]) for layer, (k, v) in self.keys_values.items()},
-            mask=None if self.mask is None else self.mask[index],
-        )
 
 
 class GatedAdapter(nn.Module):

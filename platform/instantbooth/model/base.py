@@ -72,6 +72,11 @@ class BaseModel:
         """Pixels to a latent, along each side."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)  # type: ignore[no-any-return]
 
+    @property
+    def size_step(self) -> int:
+        """Sides of pictures are multiples of this many pixels: the U-Net halves its latents between its levels."""
+        return self.vae_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)  # type: ignore[no-any-return]
+
     def encode_text(self, input_ids: Tensor) -> Tensor:
         """Token ids [B, T] → prompt embeddings [B, T, W]."""
         return self.text_encoder(input_ids.to(self.device)).last_hidden_state  # type: ignore[no-any-return]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -127,10 +127,21 @@ def concept_keys_values(adapters: nn.ModuleDict, concept: Concept) -> dict[str, 
     return result
 
 
-def batch_references(concepts: Sequence[dict[str, KeysValues]], scales: Tensor) -> References:
-    """One row for each concept, of different numbers of images: shorter ones are padded and masked."""
-    lengths = [next(iter(each.values()))[0].shape[2] for each in concepts]
-    longest = max(lengths)
+def reference_tokens(concept: Mapping[str, KeysValues]) -> int:
+    """How many tokens the concept's reference images have together."""
+    keys, _ = next(iter(concept.values()))
+    return keys.shape[2]
+
+
+def batch_references(
+    concepts: Sequence[Mapping[str, KeysValues]], scales: Tensor, *, tokens: int | None = None
+) -> References:
+    """One row for each concept, of different numbers of images: shorter ones are padded and masked.
+
+    `tokens` is the length to pad to, at least that of the longest, which is the default.
+    """
+    lengths = [reference_tokens(each) for each in concepts]
+    longest = tokens or max(lengths)
 
     def stack(layer: str, part: int) -> Tensor:
         parts = [each[layer][part] for each in concepts]

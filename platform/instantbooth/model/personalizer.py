@@ -17,8 +17,8 @@ from instantbooth.errors import ConceptError, ImageError, ParameterError, Prompt
 from instantbooth.images import check_image, check_mask, crop_subject, mask_background
 from instantbooth.model.adapter import KeysValues, attach
 from instantbooth.model.base import BaseModel, locate
-from instantbooth.model.conditioning import Concept, batch_references, concept_keys_values, inject
-from instantbooth.model.denoise import DenoisingBatch, denoise, unit_noise
+from instantbooth.model.conditioning import Concept, concept_keys_values, inject
+from instantbooth.model.denoise import Row, denoise, unit_noise
 from instantbooth.model.encoders import Encoders, ImageEncoder
 from instantbooth.model.samplers import SamplerTable, sampler_table
 from instantbooth.model.segmentation import Segmenter
@@ -45,6 +45,9 @@ class Request:
     adapter_scale: float
     concept_scale: float
     seed: int
+    height: int
+    """Pixels, a multiple of BaseModel.size_step."""
+    width: int
 
 
 class Trained(nn.Module):
@@ -211,12 +214,15 @@ class Personalizer:
         concept_scale: float | Sequence[float] | None = None,
         sampler: str | Sequence[str] | None = None,
         seed: int | Sequence[int] = 0,
+        height: int | None = None,
+        width: int | None = None,
     ) -> list[Image.Image]:
         """Pictures of the subjects in the prompted scenes, prompt by prompt.
 
-        Prompts hold "{subject}" once. One concept, or one for each prompt; so with every parameter: a value, or a list
-        with one for each prompt. None means the weights' own default. Picture n of a prompt has seed + n, and is the
-        same in any company. Raises PromptError, ParameterError and ConceptError before any model runs.
+        Prompts hold "{subject}" once. One concept, or one for each prompt; so with every parameter but height and
+        width (pixels, the base model's own unless given): a value, or a list with one for each prompt. None means the
+        weights' own default. Picture n of a prompt has seed + n, and is the same in any company. Raises PromptError,
+        ParameterError and ConceptError before any model runs.
         """
         requests = self.requests(
             prompts,
@@ -229,6 +235,8 @@ class Personalizer:
             concept_scale=concept_scale,
             sampler=sampler,
             seed=seed,
+            height=height,
+            width=width,
         )
         return self.base.decode(self.sample(requests))
 
@@ -238,6 +246,8 @@ class Personalizer:
         concepts: Concept | Sequence[Concept],
         *,
         num_images_per_prompt: int = 1,
+        height: int | None = None,
+        width: int | None = None,
         **parameters: object,
     ) -> list[Request]:
         """Checks and spreads what `generate` takes: one request for each picture."""
@@ -245,12 +255,14 @@ class Personalizer:
         if not prompts:
             raise PromptError("no prompts given; pass at least one, such as 'a photo of a {subject}'")
         check_range("num_images_per_prompt", num_images_per_prompt)
+        size = {"height": self._side("height", height), "width": self._side("width", width)}
         subjects = _spread("concepts", concepts, prompts)
+        encoders = self.encoder_digest
         columns = {name: _spread(name, value, prompts) for name, value in parameters.items()}
         requests = []
         for row, (prompt, concept) in enumerate(zip(prompts, subjects, strict=True)):
             chosen = {name: column[row] for name, column in columns.items()}
-            first = self._request(prompt, self._checked(concept), chosen)
+            first = self._request(prompt, _checked(concept, encoders), chosen | size)
             requests += [replace(first, seed=first.seed + n) for n in range(num_images_per_prompt)]
         return requests
 
@@ -275,53 +287,68 @@ class Personalizer:
             adapter_scale=float(values["adapter_scale"]),
             concept_scale=float(values["concept_scale"]),
             seed=int(values["seed"]),
+            height=values["height"],
+            width=values["width"],
         )
 
-    def _checked(self, concept: object) -> Concept:
-        if not isinstance(concept, Concept):
-            raise ParameterError(f"concept is {type(concept).__name__}; pass what encode or Concept.load returned")
-        if concept.encoder_digest != self.encoder_digest:
-            raise ConceptError(
-                f"the concept was made by encoders {concept.encoder_digest[:12]}, these weights have "
-                f"{self.encoder_digest[:12]}; encode the reference images again with these weights"
+    def _side(self, name: str, pixels: object) -> int:
+        native, step = self.base.image_size, self.base.size_step
+        if pixels is None:
+            return native
+        if isinstance(pixels, bool) or not isinstance(pixels, int) or pixels % step or not step <= pixels <= 2 * native:
+            raise ParameterError(
+                f"{name} must be a multiple of {step} from {step} to {2 * native} pixels, is {pixels!r}; "
+                f"pass {native}, the model's own, or another multiple"
             )
-        return concept
+        return pixels
 
     @torch.inference_mode()
     def sample(self, requests: Sequence[Request]) -> Tensor:
-        """Final latents [B, C, h, w] of the requests, denoised together."""
+        """Final latents [B, C, h, w] of the requests, which are of one size, denoised together."""
         known: dict[str, dict[str, KeysValues]] = {}
         for request in requests:
             if request.concept.digest not in known:
-                known[request.concept.digest] = concept_keys_values(self.trained.adapters, request.concept)
+                known[request.concept.digest] = self.keys_values(request.concept)
         done = []
         for start in range(0, len(requests), MAX_BATCH):
-            latents = torch.empty(0)
-            batch = self.batch(requests[start : start + MAX_BATCH], known)
-            for latents in denoise(self.base.unet, batch):
+            chosen = requests[start : start + MAX_BATCH]
+            rows = self.rows(chosen)
+            for row, request in zip(rows, chosen, strict=True):
+                row.keys_values = known[request.concept.digest]
+            for latents in denoise(self.base.unet, rows):
                 pass
             done.append(latents)
         return torch.cat(done)
 
+    def keys_values(self, concept: Concept) -> dict[str, KeysValues]:
+        """The concept's keys and values in every adapter, which a row needs before its first step."""
+        return concept_keys_values(self.trained.adapters, concept)
+
     @torch.inference_mode()
-    def batch(self, requests: Sequence[Request], keys_values: dict[str, dict[str, KeysValues]]) -> DenoisingBatch:
-        """Embeds prompts, injects concepts, draws noise; `keys_values` holds each concept's by its digest."""
-        device, side = self.base.device, self.base.unet.config.sample_size
-        scales = torch.tensor([request.adapter_scale for request in requests], device=device)
+    def rows(self, requests: Sequence[Request]) -> list[Row]:
+        """Embeds prompts, injects concepts, draws noise; the rows still lack their keys and values."""
+        device, tokenizer, factor = self.base.device, self.base.tokenizer, self.base.vae_factor
         embeddings = torch.cat([r.concept.concept_embedding.to(device) * r.concept_scale for r in requests])
-        tokenizer = self.base.tokenizer
         tokenized = [tokenize_subject(tokenizer, request.prompt, self.placeholder_token) for request in requests]
         prompt_embeds = self.base.encode_text(torch.tensor([ids for ids, _ in tokenized]))
         positions = torch.tensor([position for _, position in tokenized], device=device)
         negative = [tokenize(tokenizer, request.negative_prompt) for request in requests]
-        return DenoisingBatch(
-            latents=unit_noise([r.seed for r in requests], (self.base.unet.config.in_channels, side, side), device),
-            tables=[request.table for request in requests],
-            prompt_embeds=inject(prompt_embeds, positions, embeddings),
-            negative_embeds=self.base.encode_text(torch.tensor(negative)),
-            guidance_scales=[request.guidance_scale for request in requests],
-            references=batch_references([keys_values[r.concept.digest] for r in requests], scales),
-        )
+        columns = (inject(prompt_embeds, positions, embeddings), self.base.encode_text(torch.tensor(negative)))
+        return [
+            Row(
+                table=request.table,
+                prompt_embeds=prompt,
+                negative_embeds=negative,
+                guidance_scale=request.guidance_scale,
+                adapter_scale=request.adapter_scale,
+                latents=unit_noise(
+                    request.seed,
+                    (self.base.unet.config.in_channels, request.height // factor, request.width // factor),
+                    device,
+                ),
+            )
+            for request, prompt, negative in zip(requests, *columns, strict=True)
+        ]
 
 
 def _choose(
@@ -359,6 +386,17 @@ def _check_references(
         (image, check_mask(mask, image, f"mask {n}"))
         for n, (image, mask) in enumerate(zip(checked, masks, strict=True), start=1)
     ]
+
+
+def _checked(concept: object, encoder_digest: str) -> Concept:
+    if not isinstance(concept, Concept):
+        raise ParameterError(f"concept is {type(concept).__name__}; pass what encode or Concept.load returned")
+    if concept.encoder_digest != encoder_digest:
+        raise ConceptError(
+            f"the concept was made by encoders {concept.encoder_digest[:12]}, these weights have "
+            f"{encoder_digest[:12]}; encode the reference images again with these weights"
+        )
+    return concept
 
 
 def _spread(name: str, value: object, prompts: Sequence[str]) -> list[object]:

@@ -1,0 +1,112 @@
+"""Latents become pictures beside the denoising, never in its way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import count
+from queue import Empty, PriorityQueue
+from threading import Lock, Thread
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from instantbooth.model.base import BaseModel
+
+
+@dataclass(order=True)
+class _Job:
+    priority: int
+    number: int
+    latents: Tensor | None = field(compare=False, default=None)
+    deliver: Callable[[Image.Image], None] = field(compare=False, default=lambda picture: None)
+    fail: Callable[[Exception], None] = field(compare=False, default=lambda error: None)
+
+
+_PICTURE, _PREVIEW, _STOP = 0, 1, 2
+
+
+class Decoder:
+    """A thread with the VAE, on a CUDA stream of the lowest priority. Pictures go before previews."""
+
+    def __init__(self, base: BaseModel, *, batch_size: int, name: str) -> None:
+        self._base = base
+        self._batch_size = batch_size
+        self._jobs: PriorityQueue[_Job] = PriorityQueue()
+        self._number = count()
+        self._pending = {_PICTURE: 0, _PREVIEW: 0}
+        self._lock = Lock()
+        self._thread = Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    @property
+    def backlog(self) -> int:
+        """Pictures, previews apart, that are not decoded yet."""
+        return self._pending[_PICTURE]
+
+    def put(self, latents: Tensor, deliver: Callable[[Image.Image], None], fail: Callable[[Exception], None]) -> None:
+        """Decodes scaled latents [C, H, W] as soon as those before them are done; then calls one of the two."""
+        self._put(_PICTURE, latents, deliver, fail)
+
+    def put_preview(self, latents: Tensor, deliver: Callable[[Image.Image], None]) -> None:
+        """The same for a preview, which is left out where the thread has other work."""
+        if not any(self._pending.values()):
+            self._put(_PREVIEW, latents, deliver, lambda error: None)
+
+    def close(self) -> None:
+        """Decodes what is there, then ends the thread."""
+        self._jobs.put(_Job(_STOP, next(self._number)))
+        self._thread.join()
+
+    def _put(
+        self,
+        priority: int,
+        latents: Tensor,
+        deliver: Callable[[Image.Image], None],
+        fail: Callable[[Exception], None],
+    ) -> None:
+        self._count(priority, 1)
+        self._jobs.put(_Job(priority, next(self._number), latents, deliver, fail))
+
+    def _count(self, priority: int, change: int) -> None:
+        with self._lock:
+            self._pending[priority] += change
+
+    def _run(self) -> None:
+        with torch.cuda.stream(_stream(self._base.device)):
+            while (batch := self._next_batch())[0].latents is not None:
+                self._decode(batch)
+
+    def _next_batch(self) -> list[_Job]:
+        """The next job, and those behind it with latents of the same shape."""
+        batch = [self._jobs.get()]
+        while batch[0].latents is not None and len(batch) < self._batch_size:
+            try:
+                job = self._jobs.get_nowait()
+            except Empty:
+                break
+            if job.latents is None or job.latents.shape != batch[0].latents.shape:
+                self._jobs.put(job)
+                break
+            batch.append(job)
+        return batch
+
+    def _decode(self, batch: list[_Job]) -> None:
+        try:
+            pictures = self._base.decode(torch.stack([job.latents for job in batch if job.latents is not None]))
+        except Exception as error:
+            if len(batch) > 1:
+                for job in batch:
+                    self._decode([job])
+                return
+            self._count(batch[0].priority, -1)
+            batch[0].fail(error)
+            return
+        for job, picture in zip(batch, pictures, strict=True):
+            self._count(job.priority, -1)
+            job.deliver(picture)
+
+
+def _stream(device: torch.device) -> torch.cuda.Stream | None:
+    return torch.cuda.Stream(device, priority=0) if device.type == "cuda" else None

@@ -1,0 +1,317 @@
+"""The engine: a thread that takes every request one step further, again and again."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import count
+from threading import Condition, Thread
+from types import TracebackType
+from typing import Self
+
+import torch
+from PIL import Image
+
+from instantbooth import Personalizer
+from instantbooth.engine.concepts import KeysValuesCache
+from instantbooth.engine.decoder import Decoder
+from instantbooth.engine.knee import knee, measure_steps, wait_for
+from instantbooth.engine.scheduler import Scheduler, Size
+from instantbooth.engine.ticket import Progress, Ticket
+from instantbooth.errors import DeadlineError, EngineError, OverloadedError, ParameterError
+from instantbooth.model.conditioning import reference_tokens
+from instantbooth.model.denoise import BatchShape, Row, RowBatch
+from instantbooth.model.personalizer import Request
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How much the engine takes on at once."""
+
+    row_budget: int | None = None
+    """U-Net rows of the model's own size in a step (a guided request has two); None measures the knee at start."""
+    max_row_budget: int = 64
+    """Largest number of rows tried when measuring."""
+    max_requests: int = 1024
+    """Requests held, waiting ones included; beyond them `submit` refuses."""
+    patience_s: float = 60.0
+    """A request without deadline takes its turn as if it were due this many seconds after it came."""
+    concept_cache_bytes: int = 2**30
+    """Keys and values of concepts that are kept."""
+    decode_batch: int = 4
+    """Pictures decoded together."""
+    max_undecoded: int = 16
+    """Finished latents that may wait for the VAE before no further request is begun."""
+    buckets: tuple[int, ...] = ()
+    """Numbers of rows, and of reference images, that batches are padded to, rising; empty pads nothing."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_row_budget", "max_requests", "decode_batch", "max_undecoded"):
+            if getattr(self, name) < 1:
+                raise ParameterError(f"{name} must be at least 1, is {getattr(self, name)}; raise it")
+        if self.row_budget is not None and self.row_budget < 1:
+            raise ParameterError(f"row_budget must be at least 1, is {self.row_budget}; raise it, or pass None")
+        if list(self.buckets) != sorted(set(self.buckets)) or any(bucket < 1 for bucket in self.buckets):
+            raise ParameterError(f"buckets must rise from 1 or more, are {self.buckets}; sort them")
+
+
+@dataclass(kw_only=True)
+class EngineStats:
+    """Counts since the start, and what is there now."""
+
+    waiting: dict[Size, int] = field(default_factory=dict)
+    """Requests not begun, by height and width."""
+    running: dict[Size, int] = field(default_factory=dict)
+    """Requests with at least one step taken and one to take."""
+    queued_work: int = 0
+    """U-Net rows still to compute for all of them: what autoscaling goes by."""
+    undecoded: int = 0
+    """Finished latents that wait for the VAE."""
+    steps: int = 0
+    """Forward passes."""
+    rows: int = 0
+    """U-Net rows in them that belonged to a request."""
+    padded_rows: int = 0
+    """U-Net rows in them that filled a bucket up."""
+    step_seconds: float = 0.0
+    """Time in them."""
+    ended: dict[str, int] = field(default_factory=dict)
+    """Requests by how they ended: finished, failed, cancelled, expired, refused."""
+    concept_hits: int = 0
+    concept_misses: int = 0
+
+
+class Engine:
+    """Denoises what is submitted, rows of any identity in one batch, until it is closed.
+
+    >>> with Engine(booth) as engine:                                              # doctest: +SKIP
+    ...     tickets = [engine.submit(request) for request in booth.requests(prompts, concepts, seed=7)]
+    ...     pictures = [ticket.result() for ticket in tickets]
+
+    A picture does not depend on its company: it equals `booth.generate` with the same seed, up to rounding.
+    """
+
+    def __init__(self, booth: Personalizer, config: EngineConfig = EngineConfig()) -> None:
+        """Measures the row budget where none is given, which takes seconds; `booth` must not be trained meanwhile."""
+        self.booth = booth
+        self.config = config
+        self.concepts = KeysValuesCache(booth, config.concept_cache_bytes)
+        self.row_budget = config.row_budget or knee(measure_steps(booth, max_rows=config.max_row_budget))
+        """U-Net rows of the model's own size in a step; lowered where memory does not suffice."""
+        self._scheduler: Scheduler[Ticket] = Scheduler(self._budget)
+        self._batch: RowBatch | None = None
+        self._arrivals: list[Ticket] = []
+        self._wake = Condition()
+        self._closing = False
+        self._numbers = count()
+        self._totals = EngineStats()
+        self._ended: Counter[str] = Counter()
+        self._decoder = Decoder(booth.base, batch_size=config.decode_batch, name="instantbooth-decoder")
+        self._thread = Thread(target=self._run, name="instantbooth-engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: Request, *, deadline_s: float | None = None, previews: int = 0) -> Ticket:
+        """Takes a request on; it joins at the next step that has room for it.
+
+        Where it is not finished `deadline_s` seconds from now it ends in DeadlineError. `previews` is how many pictures
+        of its progress `Ticket.updates` shows. Raises OverloadedError where the engine is full, EngineError where it is
+        closed.
+        """
+        now = time.monotonic()
+        deadline = None if deadline_s is None else now + deadline_s
+        due = now + self.config.patience_s if deadline is None else deadline
+        ticket = Ticket(request, number=next(self._numbers), due=due, deadline=deadline, previews=previews)
+        with self._wake:
+            if self._closing:
+                raise EngineError("the engine is closed; start another")
+            if (held := len(self._arrivals) + len(self._scheduler)) >= self.config.max_requests:
+                self._ended["refused"] += 1
+                raise OverloadedError(f"the engine holds {held} requests, its limit; try again later")
+            self._arrivals.append(ticket)
+            self._wake.notify()
+        return ticket
+
+    def stats(self) -> EngineStats:
+        """A snapshot."""
+        tickets = [*self._scheduler, *self._arrivals]
+        return EngineStats(
+            waiting=Counter(ticket.size for ticket in tickets if ticket.row is None),
+            running=Counter(ticket.size for ticket in tickets if ticket.row is not None),
+            queued_work=sum(ticket.remaining_work for ticket in tickets),
+            undecoded=self._decoder.backlog,
+            steps=self._totals.steps,
+            rows=self._totals.rows,
+            padded_rows=self._totals.padded_rows,
+            step_seconds=self._totals.step_seconds,
+            ended=dict(self._ended),
+            concept_hits=self.concepts.hits,
+            concept_misses=self.concepts.misses,
+        )
+
+    def close(self, *, drain: bool = True) -> None:
+        """Takes nothing more and ends: after everything taken is finished, or with `drain=False` at once."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        if not drain:
+            self._fail_all(EngineError("the engine was closed; submit the request to another"))
+        self._thread.join()
+        self._decoder.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(drain=error is None)
+
+    def _run(self) -> None:
+        try:
+            with _denoising_stream(self.booth.base.device):
+                while self._gather():
+                    self._drop_ended()
+                    self._step(self._scheduler.choose(self._may_step))
+        except BaseException as error:
+            # A defect of the engine itself: nobody shall wait for a thread that is gone.
+            self._fail_all(EngineError(f"the engine broke down: {error!r}"))
+            raise
+
+    def _fail_all(self, error: EngineError) -> None:
+        with self._wake:
+            self._closing = True
+            for ticket in [*self._scheduler, *self._arrivals]:
+                ticket.fail(error)
+
+    def _gather(self) -> bool:
+        """Lets arrivals in, and sleeps while nobody can step; False once closed and empty."""
+        with self._wake:
+            while not (self._arrivals or self._closing or any(map(self._may_step, self._scheduler))):
+                # The decoder does not wake this thread: look now and then whether it has caught up.
+                self._wake.wait(timeout=0.01 if len(self._scheduler) else None)
+            arrivals, self._arrivals = self._arrivals, []
+        for ticket in arrivals:
+            self._scheduler.add(ticket)
+        return bool(len(self._scheduler)) or not self._closing
+
+    def _drop_ended(self) -> None:
+        now = time.monotonic()
+        for ticket in self._scheduler:
+            if ticket.future.done():
+                self._ended["cancelled"] += 1
+                self._scheduler.remove(ticket)
+            elif ticket.deadline is not None and now > ticket.deadline:
+                self._end(ticket, "expired", DeadlineError("the picture was not finished by its deadline"))
+
+    def _may_step(self, ticket: Ticket) -> bool:
+        return ticket.row is not None or self._decoder.backlog < self.config.max_undecoded
+
+    def _budget(self, size: Size) -> int:
+        height, width = size
+        native: int = self.booth.base.image_size
+        return max(1, self.row_budget * native**2 // (height * width))
+
+    def _step(self, tickets: Sequence[Ticket]) -> None:
+        """One step of these; where it fails, of each half, until the one at fault is alone and fails alone."""
+        if not tickets:
+            return
+        started = time.perf_counter()
+        try:
+            batch = self._assemble(tickets)
+            batch.step()
+            wait_for(self.booth.base.device)
+        except Exception as error:
+            self._batch = None
+            if isinstance(error, torch.OutOfMemoryError):
+                self.row_budget = max(1, self.row_budget // 2)
+            if len(tickets) == 1:
+                self._end(tickets[0], "failed", error)
+                return
+            half = len(tickets) // 2
+            self._step(tickets[:half])
+            self._step(tickets[half:])
+            return
+        seconds = time.perf_counter() - started
+        self._scheduler.charge(tickets[0].size, seconds)
+        rows = sum(ticket.unet_rows for ticket in tickets)
+        self._totals.steps += 1
+        self._totals.rows += rows
+        self._totals.padded_rows += len(batch.order) - rows
+        self._totals.step_seconds += seconds
+        for ticket in tickets:
+            self._after_step(ticket)
+
+    def _assemble(self, tickets: Sequence[Ticket]) -> RowBatch:
+        """The batch of these rows: the last one where nobody joined or left."""
+        new = [ticket for ticket in tickets if ticket.row is None]
+        if new:
+            for ticket, row in zip(new, self.booth.rows([ticket.request for ticket in new]), strict=True):
+                ticket.row = row
+        rows = [ticket.row for ticket in tickets if ticket.row is not None]
+        if self._batch is None or self._batch.rows != rows:
+            for ticket, row in zip(tickets, rows, strict=True):
+                row.keys_values = self.concepts.get(ticket.request.concept)
+            self._batch = RowBatch(self.booth.base.unet, rows, self._shape(rows))
+            for row in rows:
+                # The batch has its copy: what a waiting row held would escape the cache's bound.
+                row.keys_values = None
+        return self._batch
+
+    def _shape(self, rows: Sequence[Row]) -> BatchShape | None:
+        if not self.config.buckets:
+            return None
+        guided = sum(row.guided for row in rows)
+        tokens = max(reference_tokens(row.keys_values) for row in rows if row.keys_values is not None)
+        per_image = self.booth.image_encoder.num_tokens
+        return BatchShape(
+            conditional=self._bucket(len(rows)),
+            unconditional=self._bucket(guided) if guided else 0,
+            reference_tokens=self._bucket(tokens // per_image) * per_image,
+        )
+
+    def _bucket(self, size: int) -> int:
+        return next((bucket for bucket in self.config.buckets if bucket >= size), size)
+
+    def _after_step(self, ticket: Ticket) -> None:
+        row = ticket.row
+        assert row is not None
+        progress = Progress(step=row.step, steps=row.table.num_steps)
+        ticket.report(progress)
+        if row.done:
+            self._scheduler.remove(ticket)
+            if not torch.isfinite(row.latents).all():
+                self._settle(ticket, EngineError("the picture is not finite: use weights or a precision that fit"))
+                return
+            settle = partial(self._settle, ticket)
+            self._decoder.put(row.latents, settle, settle)
+        elif row.step in ticket.preview_steps and row.previous_x0 is not None:
+            self._decoder.put_preview(row.previous_x0, partial(_show, ticket, progress))
+
+    def _settle(self, ticket: Ticket, outcome: Image.Image | Exception) -> None:
+        """Ends a request that needs no further step."""
+        if isinstance(outcome, Exception):
+            settled, how = ticket.fail(outcome), "failed"
+        else:
+            settled, how = ticket.deliver(outcome), "finished"
+        self._ended[how if settled else "cancelled"] += 1
+
+    def _end(self, ticket: Ticket, how: str, error: Exception) -> None:
+        self._scheduler.remove(ticket)
+        self._ended[how] += 1
+        ticket.fail(error)
+
+
+def _show(ticket: Ticket, progress: Progress, preview: Image.Image) -> None:
+    ticket.report(Progress(step=progress.step, steps=progress.steps, preview=preview))
+
+
+@contextmanager
+def _denoising_stream(device: torch.device) -> Iterator[None]:
+    """A CUDA stream that goes before the decoder's."""
+    stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+    with torch.cuda.stream(stream):
+        yield

@@ -1,0 +1,218 @@
+"""The engine's promises, on the tiny model: any company, the same picture; every request ends, and ends alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import CancelledError
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from instantbooth import Concept, Personalizer
+from instantbooth.engine import Engine, EngineConfig
+from instantbooth.engine.concepts import KeysValuesCache, size_of
+from instantbooth.errors import DeadlineError, EngineError, OverloadedError, ParameterError
+from instantbooth.model.personalizer import Request
+from instantbooth.model.samplers import SAMPLERS
+from tests.tiny import portrait
+
+SMALL = EngineConfig(row_budget=6)
+LONG = 400
+"""Steps of a request that is still running when a test looks at it."""
+
+
+@pytest.fixture(scope="module")
+def concepts(booth: Personalizer) -> list[Concept]:
+    """Identities with 1, 2 and 3 reference images."""
+    concepts = []
+    for count in (1, 2, 3):
+        images, masks = zip(*(portrait(10 * count + n) for n in range(count)), strict=True)
+        concepts.append(booth.encode(list(images), "person", list(masks)))
+    return concepts
+
+
+@pytest.fixture
+def engine(booth: Personalizer) -> Iterator[Engine]:
+    with Engine(booth, SMALL) as engine:
+        yield engine
+        engine.close(drain=False)
+
+
+def request(booth: Personalizer, concept: Concept, **changes: object) -> Request:
+    chosen: dict[str, object] = {"num_inference_steps": 4, "guidance_scale": 3.0, "negative_prompt": None}
+    chosen |= {"adapter_scale": None, "concept_scale": None, "sampler": None, "seed": 1}
+    return booth.requests("a photo of a {subject}", concept, **(chosen | changes))[0]
+
+
+def wait_until(condition: object, seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.002)
+
+
+MIXTURE = st.lists(
+    st.fixed_dictionaries(
+        {
+            "concept": st.integers(0, 2),
+            "prompt": st.sampled_from(["a {subject} at the beach", "watercolor of a {subject}", "{subject}"]),
+            "num_inference_steps": st.integers(1, 7),
+            "guidance_scale": st.sampled_from([0.0, 1.0, 2.5, 7.5]),
+            "negative_prompt": st.sampled_from([None, "a cat"]),
+            "adapter_scale": st.floats(0, 1),
+            "concept_scale": st.floats(0, 1),
+            "sampler": st.sampled_from(SAMPLERS),
+            "seed": st.integers(0, 99),
+            "height": st.sampled_from([None, None, 16]),
+            "deadline_s": st.sampled_from([None, 30.0, 60.0]),
+        }
+    ),
+    min_size=1,
+    max_size=7,
+)
+
+
+@settings(max_examples=25)
+@given(mixture=MIXTURE, budget=st.integers(1, 9), buckets=st.sampled_from([(), (1, 2, 4, 8)]))
+def test_any_company_the_same_picture(
+    booth: Personalizer, concepts: list[Concept], mixture: list[dict[str, object]], budget: int, buckets: tuple[int]
+) -> None:
+    pairs = []
+    with Engine(booth, EngineConfig(row_budget=budget, buckets=buckets, decode_batch=2)) as engine:
+        for row in mixture:
+            row = dict(row)
+            deadline_s, concept, prompt = row.pop("deadline_s"), concepts[row.pop("concept")], row.pop("prompt")
+            wanted = booth.requests(prompt, concept, **row)[0]
+            pairs.append((wanted, engine.submit(wanted, deadline_s=deadline_s)))
+        for wanted, ticket in pairs:
+            picture = ticket.result(60)
+            alone = booth.sample([wanted])
+            assert ticket.row is not None
+            assert (ticket.row.latents - alone[0]).abs().max() <= 1e-4
+            difference = np.asarray(picture, int) - np.asarray(booth.base.decode(alone)[0], int)
+            assert abs(difference).max() <= 1
+
+
+def test_a_request_joins_while_others_are_running(booth: Personalizer, concepts: list[Concept], engine: Engine) -> None:
+    long = engine.submit(request(booth, concepts[0], num_inference_steps=LONG))
+    wait_until(lambda: long.row is not None and long.row.step >= 2)
+    assert engine.submit(request(booth, concepts[1], num_inference_steps=2)).result(20).size == (32, 32)
+    assert not long.future.done()
+
+
+def test_an_earlier_deadline_goes_first_and_the_other_keeps_its_steps(
+    booth: Personalizer, concepts: list[Concept]
+) -> None:
+    with Engine(booth, EngineConfig(row_budget=2)) as engine:
+        patient = engine.submit(request(booth, concepts[0], num_inference_steps=LONG))
+        wait_until(lambda: patient.row is not None and patient.row.step >= 2)
+        urgent = engine.submit(request(booth, concepts[1], num_inference_steps=200), deadline_s=30)
+        wait_until(lambda: urgent.row is not None)
+        assert patient.row is not None
+        reached = patient.row.step
+        urgent.result(20)
+        assert reached <= patient.row.step < reached + 100
+        assert not patient.future.done()
+        patient.cancel()
+
+
+def test_cancelling_frees_the_row_within_a_step(booth: Personalizer, concepts: list[Concept], engine: Engine) -> None:
+    ticket = engine.submit(request(booth, concepts[0], num_inference_steps=LONG))
+    wait_until(lambda: ticket.row is not None and ticket.row.step >= 2)
+    assert ticket.cancel()
+    assert ticket.row is not None
+    reached = ticket.row.step
+    with pytest.raises(CancelledError):
+        ticket.result(1)
+    wait_until(lambda: engine.stats().queued_work == 0)
+    assert ticket.row.step <= reached + 1
+    assert engine.stats().ended == {"cancelled": 1}
+
+
+def test_a_deadline_ends_a_request(booth: Personalizer, concepts: list[Concept], engine: Engine) -> None:
+    ticket = engine.submit(request(booth, concepts[0], num_inference_steps=LONG), deadline_s=0.1)
+    with pytest.raises(DeadlineError):
+        ticket.result(20)
+    assert ticket.row is not None
+    assert ticket.row.step < LONG
+
+
+def test_a_full_engine_refuses_at_once(booth: Personalizer, concepts: list[Concept]) -> None:
+    with Engine(booth, EngineConfig(row_budget=2, max_requests=2)) as engine:
+        held = [engine.submit(request(booth, concepts[0], num_inference_steps=LONG)) for _ in range(2)]
+        with pytest.raises(OverloadedError, match="holds 2 requests"):
+            engine.submit(request(booth, concepts[0]))
+        for ticket in held:
+            ticket.cancel()
+
+
+def test_who_is_at_fault_fails_alone(booth: Personalizer, concepts: list[Concept], engine: Engine) -> None:
+    good = request(booth, concepts[0], num_inference_steps=6)
+    narrow = replace(concepts[1], patch_features=concepts[1].patch_features[:, :5])
+    infinite = replace(concepts[2], concept_embedding=torch.full_like(concepts[2].concept_embedding, torch.inf))
+    tickets = [engine.submit(replace(good, concept=concept)) for concept in (concepts[0], narrow, infinite)]
+    picture = tickets[0].result(20)
+    assert np.asarray(picture).std() > 0
+    with pytest.raises(RuntimeError, match="shape"):
+        tickets[1].result(20)
+    with pytest.raises(EngineError, match="not finite"):
+        tickets[2].result(20)
+    assert engine.stats().ended == {"finished": 1, "failed": 2}
+
+
+def test_keys_and_values_pushed_out_of_the_cache_change_nothing(booth: Personalizer, concepts: list[Concept]) -> None:
+    entry = size_of(booth.keys_values(concepts[0]))
+    cache = KeysValuesCache(booth, capacity_bytes=2 * entry)
+    for concept in (concepts[0], concepts[1], concepts[0]):
+        cache.get(concept)
+    assert cache.bytes <= 2 * entry
+    cache.discard(concepts[0].digest)
+    with Engine(booth, EngineConfig(row_budget=2, concept_cache_bytes=1)) as engine:
+        picture = engine.submit(request(booth, concepts[2], seed=8)).result(20)
+    difference = np.asarray(picture, int) - np.asarray(_alone(booth, concepts[2], seed=8), int)
+    assert abs(difference).max() <= 1
+
+
+def _alone(booth: Personalizer, concept: Concept, seed: int) -> object:
+    return booth.base.decode(booth.sample([request(booth, concept, seed=seed)]))[0]
+
+
+def test_progress_and_previews_arrive_in_order(booth: Personalizer, concepts: list[Concept], engine: Engine) -> None:
+    ticket = engine.submit(request(booth, concepts[0], num_inference_steps=12), previews=2)
+    updates = list(ticket.updates())
+    steps = [update.step for update in updates if update.preview is None]
+    assert steps == list(range(1, 13))
+    assert {update.step for update in updates if update.preview} <= {4, 8}
+    assert ticket.result(0).size == (32, 32)
+
+
+def test_closing_finishes_what_was_taken_or_says_that_it_does_not(booth: Personalizer, concepts: list[Concept]) -> None:
+    engine = Engine(booth, SMALL)
+    tickets = [engine.submit(request(booth, concepts[0], seed=seed)) for seed in range(5)]
+    engine.close()
+    assert all(ticket.future.done() and ticket.result(0) for ticket in tickets)
+    with pytest.raises(EngineError, match="closed"):
+        engine.submit(request(booth, concepts[0]))
+
+    engine = Engine(booth, SMALL)
+    ticket = engine.submit(request(booth, concepts[0], num_inference_steps=LONG))
+    engine.close(drain=False)
+    with pytest.raises(EngineError, match="closed"):
+        ticket.result(0)
+
+
+def test_the_row_budget_is_measured_where_none_is_given(booth: Personalizer, concepts: list[Concept]) -> None:
+    with Engine(booth, EngineConfig(max_row_budget=4)) as engine:
+        assert engine.row_budget in (1, 2, 4)
+        assert engine.submit(request(booth, concepts[0])).result(20)
+
+
+@pytest.mark.parametrize("fault", [{"row_budget": 0}, {"max_requests": 0}, {"buckets": (4, 2)}, {"buckets": (0, 2)}])
+def test_settings_out_of_range_are_refused(fault: dict[str, object]) -> None:
+    with pytest.raises(ParameterError, match=next(iter(fault))):
+        EngineConfig(**fault)
