@@ -36,17 +36,15 @@ def new_vae() -> AutoencoderKL:
     )
 
 
-def train_vae(
-    corpus: Corpus, config: LoopConfig, *, batch_size: int, folder: Path, device: torch.device
-) -> AutoencoderKL:
+def train_vae(corpus: Corpus, config: LoopConfig, *, folder: Path, device: torch.device) -> AutoencoderKL:
     """Fits L1 on pixels and on their gradients, with a slight pull of the latents to a unit normal."""
     vae = new_vae().to(device)
     if device.type == "cpu":
         vae.set_attn_processor(AttnProcessor())
     images, masks = torch.from_numpy(corpus.images), torch.from_numpy(corpus.masks)
 
-    def loss(step: int, generator: Generator) -> Tensor:
-        rows = torch.randint(len(corpus), (batch_size,), generator=generator)
+    def loss(examples: int, generator: Generator) -> Tensor:
+        rows = torch.randint(len(corpus), (examples,), generator=generator)
         pixels = to_pixels(images[rows]).to(device)
         weight = 1 + (SUBJECT_WEIGHT - 1) * (masks[rows].to(device) > 127).float()[:, None]
         posterior = vae.encode(pixels).latent_dist

@@ -18,8 +18,9 @@ from instantbooth.miniature.crops import SIZE, subject_crops
 from instantbooth.miniature.vocabulary import MAX_LENGTH
 from instantbooth.training.loop import LoopConfig, train
 
-TRAINING = LoopConfig(steps=1000, learning_rate=1e-3, warmup_steps=100, decay_steps=400, weight_decay=0.05)
-BATCH_SIZE = 96
+TRAINING = LoopConfig(
+    steps=1000, learning_rate=1e-3, warmup_steps=100, decay_steps=400, weight_decay=0.05, batch_size=96
+)
 MAX_LOGIT_SCALE = math.log(100)
 DETAIL_PROBABILITY = 0.5
 """How often a scene's caption also describes the identity."""
@@ -55,7 +56,7 @@ def new_image_processor() -> CLIPImageProcessorPil:
 
 
 def train_clip(
-    corpus: Corpus, tokenizer: CLIPTokenizer, config: LoopConfig, *, batch_size: int, folder: Path, device: torch.device
+    corpus: Corpus, tokenizer: CLIPTokenizer, config: LoopConfig, *, folder: Path, device: torch.device
 ) -> CLIPModel:
     """Contrastive training; half of each batch are full scenes, half are masked crops told by identity details.
 
@@ -68,17 +69,17 @@ def train_clip(
         model.set_attn_implementation("eager")
     images, masks = torch.from_numpy(corpus.images), torch.from_numpy(corpus.masks)
 
-    def loss(step: int, generator: Generator) -> Tensor:
-        rows = torch.randint(len(corpus), (batch_size,), generator=generator)
+    def loss(examples: int, generator: Generator) -> Tensor:
+        rows = torch.randint(len(corpus), (examples,), generator=generator)
         rng = np.random.default_rng(int(torch.randint(2**31, (), generator=generator)))
-        scenes, subjects = rows[: batch_size // 2], rows[batch_size // 2 :]
+        scenes, subjects = rows[: examples // 2], rows[examples // 2 :]
         pixels = torch.cat([to_unit(images[scenes]), subject_crops(images[subjects], masks[subjects], generator)])
         captions = [scene_caption(corpus, int(row), rng) for row in scenes]
         captions += [detail_caption(corpus, int(row), rng) for row in subjects]
         image_embeds, text_embeds = _embed(model, tokenizer, pixels, captions)
         scale = model.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
         logits = scale * image_embeds @ text_embeds.T
-        matches = torch.arange(batch_size, device=device)
+        matches = torch.arange(examples, device=device)
         return (F.cross_entropy(logits, matches) + F.cross_entropy(logits.T, matches)) / 2
 
     train("clip", model, loss, config, folder=folder, device=device)

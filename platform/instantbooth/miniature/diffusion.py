@@ -82,7 +82,6 @@ def train_diffusion(
     config: LoopConfig,
     *,
     placeholder: str,
-    batch_size: int,
     folder: Path,
     device: torch.device,
 ) -> tuple[CLIPTextModel, UNet2DConditionModel]:
@@ -95,13 +94,13 @@ def train_diffusion(
     schedule = NoiseSchedule.from_config(new_scheduler().config)
     alphas_cumprod = schedule.alphas_cumprod.float()
 
-    def loss(step: int, generator: Generator) -> Tensor:
-        rows = torch.randint(len(corpus), (batch_size,), generator=generator)
-        rng = np.random.default_rng([config.seed, step])
+    def loss(examples: int, generator: Generator) -> Tensor:
+        rows = torch.randint(len(corpus), (examples,), generator=generator)
+        rng = np.random.default_rng(int(torch.randint(2**31, (), generator=generator)))
         words = [_training_caption(corpus, int(row), rng, placeholder) for row in rows]
         ids = tokenizer(words, padding="max_length", truncation=True, max_length=MAX_LENGTH, return_tensors="pt")
         prompt_embeds = text_encoder(ids.input_ids.to(device)).last_hidden_state
-        timesteps = torch.randint(schedule.num_train_timesteps, (batch_size,), generator=generator)
+        timesteps = torch.randint(schedule.num_train_timesteps, (examples,), generator=generator)
         clean = latents[rows].to(device)
         noise = torch.randn(clean.shape, generator=generator).to(device)
         alpha = alphas_cumprod[timesteps].sqrt().view(-1, 1, 1, 1).to(device)

@@ -44,16 +44,22 @@ class Recipe:
     """Identities the judges learn from, six pictures each."""
     held_out_identities: int = 200
     """Identities the judges are checked on, six pictures each."""
-    vae: LoopConfig = LoopConfig(steps=2800, learning_rate=1.5e-3, decay_steps=400, ema_decay=0.995)
-    vae_batch_size: int = 16
+    vae: LoopConfig = LoopConfig(
+        steps=2800, learning_rate=1.5e-3, decay_steps=400, ema_decay=0.995, batch_size=16, processes=2
+    )
     segmenter: LoopConfig = segmenter.TRAINING
     clip: LoopConfig = clip.TRAINING
     attribute_judge: LoopConfig = judging.ATTRIBUTE_TRAINING
     identity_judge: LoopConfig = judging.IDENTITY_TRAINING
     diffusion: LoopConfig = LoopConfig(
-        steps=7000, learning_rate=8e-4, warmup_steps=200, decay_steps=1200, ema_decay=0.998
+        steps=7000,
+        learning_rate=8e-4,
+        warmup_steps=200,
+        decay_steps=1200,
+        ema_decay=0.998,
+        batch_size=32,
+        processes=2,
     )
-    diffusion_batch_size: int = 32
     adapters: AdapterTrainingConfig = AdapterTrainingConfig(steps=2000)
     defaults: GenerationDefaults = GenerationDefaults(
         adapter_scale=0.8, concept_scale=0.8, guidance_scale=4.0, num_inference_steps=25
@@ -136,18 +142,14 @@ def build(folder: Path, recipe: Recipe, *, device: torch.device) -> dict[str, An
 
 def _build_vae(shop: Workshop) -> dict[str, float]:
     recipe = shop.recipe
-    vae = train_vae(
-        shop.corpus(), recipe.vae, batch_size=recipe.vae_batch_size, folder=shop.checkpoints, device=shop.device
-    )
+    vae = train_vae(shop.corpus(), recipe.vae, folder=shop.checkpoints, device=shop.device)
     vae.save_pretrained(shop.models / "base" / "vae")
     return {"psnr_db": psnr(vae, torch.from_numpy(shop.held_out().images))}
 
 
 def _build_segmenter(shop: Workshop) -> dict[str, float]:
     config = shop.recipe.segmenter
-    model = segmenter.train_segmenter(
-        shop.corpus(), config, batch_size=segmenter.BATCH_SIZE, folder=shop.checkpoints, device=shop.device
-    )
+    model = segmenter.train_segmenter(shop.corpus(), config, folder=shop.checkpoints, device=shop.device)
     model.save_pretrained(shop.models / "segmenter")
     segmenter.new_image_processor().save_pretrained(shop.models / "segmenter")
     held_out = shop.held_out()
@@ -160,7 +162,6 @@ def _build_clip(shop: Workshop) -> dict[str, float]:
         shop.corpus(),
         tokenizer,
         shop.recipe.clip,
-        batch_size=clip.BATCH_SIZE,
         folder=shop.checkpoints,
         device=shop.device,
     )
@@ -177,7 +178,6 @@ def _build_judges(shop: Workshop) -> dict[str, float]:
     attributes = judging.train_attribute_judge(
         corpus,
         recipe.attribute_judge,
-        batch_size=judging.ATTRIBUTE_BATCH_SIZE,
         folder=shop.checkpoints,
         device=shop.device,
     )
@@ -185,7 +185,6 @@ def _build_judges(shop: Workshop) -> dict[str, float]:
     identity = judging.train_identity_judge(
         corpus,
         recipe.identity_judge,
-        identities_per_batch=judging.IDENTITIES_PER_BATCH,
         folder=shop.checkpoints,
         device=shop.device,
     )
@@ -206,7 +205,6 @@ def _build_diffusion(shop: Workshop) -> dict[str, float]:
         tokenizer,
         recipe.diffusion,
         placeholder=PLACEHOLDER_TOKEN,
-        batch_size=recipe.diffusion_batch_size,
         folder=shop.checkpoints,
         device=shop.device,
     )
@@ -272,8 +270,8 @@ def train_adapters(
     subjects = [_tokenized(booth, insert_field(caption, noun), noun) for caption, noun in pairs]
     bare = {noun: _tokenized(booth, SUBJECT_FIELD, noun) for noun in set(corpus.nouns)}
 
-    def loss(step: int, generator: Generator) -> Tensor:
-        rows = torch.randint(len(corpus), (config.batch_size,), generator=generator)
+    def loss(examples: int, generator: Generator) -> Tensor:
+        rows = torch.randint(len(corpus), (examples,), generator=generator)
         ids, positions = zip(*(subjects[int(row)] for row in rows), strict=True)
         bare_ids, bare_positions = zip(*(bare[corpus.nouns[int(row)]] for row in rows), strict=True)
         batch = {
@@ -289,6 +287,8 @@ def train_adapters(
 
     loop = LoopConfig(
         steps=config.steps,
+        batch_size=config.batch_size,
+        processes=2,
         learning_rate=config.adapter_learning_rate,
         warmup_steps=config.warmup_steps,
         decay_steps=config.steps // 4,

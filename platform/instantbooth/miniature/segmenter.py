@@ -16,8 +16,9 @@ from instantbooth.miniature.corpus import CLASS_NOUNS, Corpus
 from instantbooth.miniature.world import Scene, render_empty
 from instantbooth.training.loop import LoopConfig, train
 
-TRAINING = LoopConfig(steps=1600, learning_rate=2e-3, warmup_steps=50, decay_steps=600, ema_decay=0.99)
-BATCH_SIZE = 48
+TRAINING = LoopConfig(
+    steps=1600, learning_rate=2e-3, warmup_steps=50, decay_steps=600, ema_decay=0.99, batch_size=48, processes=2
+)
 EMPTY = 0.1
 """Share of pictures with nobody in them: without these, a subject is seen in every picture."""
 EMPTY_SCENES = 800
@@ -48,7 +49,7 @@ def new_image_processor() -> SegformerImageProcessorPil:
 
 
 def train_segmenter(
-    corpus: Corpus, config: LoopConfig, *, batch_size: int, folder: Path, device: torch.device
+    corpus: Corpus, config: LoopConfig, *, folder: Path, device: torch.device
 ) -> SegformerForSemanticSegmentation:
     """Cross-entropy of the logits, enlarged to the picture's size; half of the pictures mirrored, some empty."""
     model = new_segmenter().to(device)
@@ -57,24 +58,24 @@ def train_segmenter(
     images, masks = torch.from_numpy(corpus.images), torch.from_numpy(corpus.masks)
     classes = 1 + torch.from_numpy(corpus.identities % 2)
 
-    def draw(generator: Generator) -> tuple[Tensor, Tensor]:
-        rows = torch.randint(len(corpus), (batch_size,), generator=generator)
-        mirrored = torch.rand(batch_size, generator=generator) < 0.5
-        nobody = (torch.rand(batch_size, generator=generator) < EMPTY)[:, None, None]
-        scenes = empty[torch.randint(EMPTY_SCENES, (batch_size,), generator=generator)]
+    def draw(examples: int, generator: Generator) -> tuple[Tensor, Tensor]:
+        rows = torch.randint(len(corpus), (examples,), generator=generator)
+        mirrored = torch.rand(examples, generator=generator) < 0.5
+        nobody = (torch.rand(examples, generator=generator) < EMPTY)[:, None, None]
+        scenes = empty[torch.randint(EMPTY_SCENES, (examples,), generator=generator)]
         pixels = _normalize(torch.where(nobody[..., None], scenes, images[rows]))
         subject = (masks[rows] > 127) & ~nobody
         pixels = torch.where(mirrored[:, None, None, None], pixels.flip(-1), pixels)
         subject = torch.where(mirrored[:, None, None], subject.flip(-1), subject)
         return pixels.to(device), (subject * classes[rows, None, None]).to(device)
 
-    def loss(step: int, generator: Generator) -> Tensor:
-        pixels, target = draw(generator)
+    def loss(examples: int, generator: Generator) -> Tensor:
+        pixels, target = draw(examples, generator)
         return F.cross_entropy(_full_size(model(pixels).logits), target)
 
     train("segmenter", model, loss, config, folder=folder, device=device)
     # The batch norm's statistics belong to the last parameters, not to their average: measure them anew.
-    update_bn([draw(Generator().manual_seed(seed))[0] for seed in range(20)], model)
+    update_bn([draw(config.batch_size, Generator().manual_seed(seed))[0] for seed in range(20)], model)
     return model
 
 
