@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "platform" / "instantbooth"
-PURE = ["errors", "parameters", "prompts", "images", "manifest", "storage"]
+PURE = ["errors", "parameters", "prompts", "images", "manifest", "storage", "ledger"]
 
 WEB = ["fastapi", "pydantic", "starlette"]
 HEAVY = ["torch", "diffusers", "transformers", "mlflow"]

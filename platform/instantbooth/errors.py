@@ -10,6 +10,7 @@
     │   └── BaseModelError        a folder that is not a Stable Diffusion model
     ├── ConceptError            a concept file damaged, or made by other encoders
     ├── StorageError            an object that cannot be read or written
+    │   └── MissingObjectError    there is no such object
     └── EngineError             a request that was not denoised
         ├── OverloadedError       there are too many before it
         └── DeadlineError         its time ran out
@@ -61,6 +62,10 @@ class ConceptError(InstantBoothError):
 
 class StorageError(InstantBoothError):
     """An object that cannot be read or written."""
+
+
+class MissingObjectError(StorageError):
+    """An object that does not exist; the store itself answered."""
 
 
 class EngineError(InstantBoothError):

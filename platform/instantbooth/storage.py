@@ -10,15 +10,17 @@ import functools
 import os
 import re
 import secrets
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 from urllib.parse import unquote, urlsplit
 
-from instantbooth.errors import StorageError
+from instantbooth.errors import MissingObjectError, StorageError
 
 MAX_KEY_BYTES = 1024
 MAX_PART_BYTES = 255
@@ -31,7 +33,7 @@ class ObjectStore(Protocol):
     """Bytes under keys. Every method raises StorageError, naming the object, for a bad key or a failed operation."""
 
     def get(self, key: str, *, max_bytes: int | None = None) -> bytes:
-        """The object's bytes; StorageError where there is none, or where it is larger than `max_bytes`."""
+        """The object's bytes; MissingObjectError where there is none, StorageError where it exceeds `max_bytes`."""
         ...
 
     def put(self, key: str, data: bytes) -> None:
@@ -78,6 +80,26 @@ def read_uri(uri: str, *, max_bytes: int | None = None) -> bytes:
     with _as_storage_error(f"read {uri}"):
         path = _local_path(uri).resolve()
         return _read_file(path, uri, max_bytes)
+
+
+@contextmanager
+def open_uri(uri: str) -> Iterator[IO[bytes]]:
+    """One object as a file, for objects too large to hold; one at s3:// is copied to a temporary file first.
+
+    Raises StorageError where it cannot be read.
+    """
+    if check_uri(uri) == "s3":
+        bucket, _, key = uri.removeprefix("s3://").partition("/")
+        with tempfile.TemporaryFile() as file:
+            with S3Store(bucket)._operation("read", key) as (client, target):
+                shutil.copyfileobj(client.get_object(**target)["Body"], file)
+            file.seek(0)
+            yield file
+        return
+    with _as_storage_error(f"read {uri}"):
+        local = _local_path(uri).open("rb")
+    with local:
+        yield local
 
 
 def check_uri(uri: str) -> str:
@@ -163,7 +185,9 @@ class S3Store:
 
     def get(self, key: str, *, max_bytes: int | None = None) -> bytes:
         with self._operation("read", key) as (client, target):
-            answer = client.get_object(**target)
+            answer: dict[str, Any] = {}
+            if _status_of((404,), lambda: answer.update(client.get_object(**target))) == 404:
+                raise MissingObjectError(f"there is no object at {self.uri(key)}; check the name")
             _check_size(answer["ContentLength"], self.uri(key), max_bytes)
             return bytes(answer["Body"].read())
 
@@ -241,7 +265,7 @@ def _local_path(uri: str) -> Path:
 def _read_file(path: Path, uri: str, max_bytes: int | None) -> bytes:
     # A device or a pipe has no size and may never end.
     if not path.is_file():
-        raise StorageError(f"there is no file at {uri}; check the path")
+        raise MissingObjectError(f"there is no file at {uri}; check the path")
     _check_size(path.stat().st_size, uri, max_bytes)
     return path.read_bytes()
 

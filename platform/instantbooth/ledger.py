@@ -1,0 +1,148 @@
+"""Each piece of work is committed once, whoever tried it and how often, on plain object storage.
+
+A piece of work has an id, a digest of all that determines its result. Whoever did it writes the result under a name of
+its own, then commits a record that points there, with one conditional write: of all attempts one wins, and readers
+trust records only. An answer that got lost on the way is settled by reading the record back. Nothing is ever replaced,
+so that every process may be killed at any moment and started again.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+from typing import Any, Literal, TypeVar
+
+from instantbooth.errors import MissingObjectError, StorageError
+from instantbooth.storage import ObjectStore
+
+RECORDS = "records"
+TRIES = 6
+"""Storage calls that fail are repeated so often, with growing pauses: 6 s in all."""
+READERS = 16
+"""Records read at once."""
+
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What became of a piece of work."""
+
+    work: str
+    """The work's id."""
+    attempt: str
+    """Who committed it."""
+    status: Literal["succeeded", "failed"]
+    key: str | None = None
+    """Where the result is, below the same store; None for a failure."""
+    sha256: str | None = None
+    """Of the result's bytes."""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """Anything JSON can hold: parameters, timings, or a failure's code and message."""
+
+    def to_bytes(self) -> bytes:
+        """One line of JSON."""
+        return (json.dumps(asdict(self), sort_keys=True) + "\n").encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Record:
+        """What `to_bytes` gave. StorageError for anything else."""
+        try:
+            return cls(**json.loads(data))
+        except (ValueError, TypeError) as error:
+            raise StorageError(f"a record is damaged ({error}); its folder was written by something else") from error
+
+
+class Ledger:
+    """The records of a store, and the writing of results that they point to."""
+
+    def __init__(self, store: ObjectStore, *, pause_s: float = 0.2) -> None:
+        """`pause_s` is the first pause before a storage call is repeated; each further one is twice as long."""
+        self._store = store
+        self._pause_s = pause_s
+
+    def check_store(self) -> None:
+        """Raises StorageError unless the store keeps its word on conditional writes: what is there stays."""
+        key = f"{RECORDS}/.self-test"
+        first, second = (secrets.token_bytes(8) for _ in range(2))
+        written = self._write(key, first)
+        replaced = self._write(key, second)
+        found = self._patiently(lambda: self._store.get(key))
+        if replaced or found == second or (written and found != first):
+            raise StorageError(
+                f"{self._store.uri(key)} was replaced by a conditional write: this store cannot commit work exactly "
+                "once; use one that honours If-None-Match, in a bucket without versioning, or a file:// folder"
+            )
+
+    def succeed(self, work: str, key: str, data: bytes, details: Mapping[str, Any]) -> Record:
+        """Stores a result and commits it; returns the record that counts, which may be another attempt's.
+
+        `key` must name this work and no other: where an earlier attempt left a result there, that one is kept.
+        """
+        if not self._write(key, data):
+            data = self._patiently(lambda: self._store.get(key))
+        digest = sha256(data).hexdigest()
+        return self._commit(_record(work, "succeeded", details, key=key, sha256=digest))
+
+    def fail(self, work: str, details: Mapping[str, Any]) -> Record:
+        """Commits that the work cannot be done; returns the record that counts."""
+        return self._commit(_record(work, "failed", details))
+
+    def find(self, work: str) -> Record | None:
+        """The work's record, or None where it is open."""
+        try:
+            return Record.from_bytes(self._patiently(lambda: self._store.get(_key(work))))
+        except MissingObjectError:
+            return None
+
+    def find_all(self, works: Iterable[str]) -> Iterator[Record | None]:
+        """The same for many, in their order, several at once."""
+        with ThreadPoolExecutor(READERS) as pool:
+            yield from pool.map(self.find, works)
+
+    def committed(self) -> set[str]:
+        """Ids of the work that is settled, from one listing: to be spared, never to be counted on."""
+        prefix = f"{RECORDS}/"
+        names = (key.removeprefix(prefix) for key in self._store.list(prefix))
+        return {name.partition("/")[2].removesuffix(".json") for name in names if name.endswith(".json")}
+
+    def _commit(self, record: Record) -> Record:
+        if self._write(_key(record.work), record.to_bytes()):
+            return record
+        # Another attempt was first, or this one, and its answer got lost: the record says which.
+        committed = self.find(record.work)
+        if committed is None:
+            raise StorageError(f"{self._store.uri(_key(record.work))} exists, and cannot be read; check the store")
+        return committed
+
+    def _write(self, key: str, data: bytes) -> bool:
+        return self._patiently(lambda: self._store.put_if_absent(key, data))
+
+    def _patiently(self, operation: Callable[[], Answer]) -> Answer:
+        """Repeats what fails; a failed write may have taken place all the same, which its repetition finds out."""
+        for attempt in range(TRIES - 1):
+            try:
+                return operation()
+            except MissingObjectError:
+                raise
+            except StorageError:
+                time.sleep(self._pause_s * 2**attempt)
+        return operation()
+
+
+def work_id(*parts: object) -> str:
+    """A digest of what determines a result: texts, numbers, lists and mappings of them, in their order."""
+    return sha256(json.dumps(parts, sort_keys=True, ensure_ascii=True).encode()).hexdigest()[:32]
+
+
+def _record(work: str, status: Literal["succeeded", "failed"], details: Mapping[str, Any], **result: str) -> Record:
+    return Record(work=work, attempt=secrets.token_hex(8), status=status, details=details, **result)
+
+
+def _key(work: str) -> str:
+    return f"{RECORDS}/{work[:2]}/{work}.json"
