@@ -14,7 +14,7 @@ from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
-from instantbooth.errors import MissingObjectError, StorageError
+from instantbooth.errors import MissingObjectError, StorageError, TransientStorageError
 from instantbooth.ledger import RECORDS, Ledger, Record, work_id
 from instantbooth.storage import FileStore
 
@@ -66,10 +66,10 @@ class Memory:
         parent = getcurrent().parent
         fault = parent.switch() if parent else "none"
         if fault == "refused":
-            raise StorageError("refused")
+            raise TransientStorageError("refused")
         answer = operation()  # type: ignore[operator]
         if fault == "applied then dropped":
-            raise StorageError("the answer got lost")
+            raise TransientStorageError("the answer got lost")
         return answer
 
 

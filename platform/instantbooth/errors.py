@@ -10,7 +10,8 @@
     │   └── BaseModelError        a folder that is not a Stable Diffusion model
     ├── ConceptError            a concept file damaged, or made by other encoders
     ├── StorageError            an object that cannot be read or written
-    │   └── MissingObjectError    there is no such object
+    │   ├── MissingObjectError    there is no such object
+    │   └── TransientStorageError the store did not answer, or not now: the same call may work later
     └── EngineError             a request that was not denoised
         ├── OverloadedError       there are too many before it
         └── DeadlineError         its time ran out
@@ -66,6 +67,10 @@ class StorageError(InstantBoothError):
 
 class MissingObjectError(StorageError):
     """An object that does not exist; the store itself answered."""
+
+
+class TransientStorageError(StorageError):
+    """A store that did not answer, or refused for now; a write may have taken place all the same."""
 
 
 class EngineError(InstantBoothError):

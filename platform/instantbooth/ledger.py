@@ -10,23 +10,18 @@ from __future__ import annotations
 
 import json
 import secrets
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from instantbooth.errors import MissingObjectError, StorageError
-from instantbooth.storage import ObjectStore
+from instantbooth.storage import Answer, ObjectStore, patiently
 
 RECORDS = "records"
-TRIES = 6
-"""Storage calls that fail are repeated so often, with growing pauses: 6 s in all."""
 READERS = 16
 """Records read at once."""
-
-Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,15 +119,7 @@ class Ledger:
         return self._patiently(lambda: self._store.put_if_absent(key, data))
 
     def _patiently(self, operation: Callable[[], Answer]) -> Answer:
-        """Repeats what fails; a failed write may have taken place all the same, which its repetition finds out."""
-        for attempt in range(TRIES - 1):
-            try:
-                return operation()
-            except MissingObjectError:
-                raise
-            except StorageError:
-                time.sleep(self._pause_s * 2**attempt)
-        return operation()
+        return patiently(operation, pause_s=self._pause_s)
 
 
 def work_id(*parts: object) -> str:

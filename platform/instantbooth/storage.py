@@ -6,6 +6,7 @@ holds any other can hold, and a folder is never left: no "..", no empty part, no
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import re
@@ -17,16 +18,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
 
-from instantbooth.errors import MissingObjectError, StorageError
+from instantbooth.errors import MissingObjectError, StorageError, TransientStorageError
 
 MAX_KEY_BYTES = 1024
 MAX_PART_BYTES = 255
 UNSTORABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 UNFINISHED = ".unfinished-"
 CONFLICT_TRIES = 5
+TRANSIENT_ERRNOS = (errno.EIO, errno.EAGAIN, errno.EINTR, errno.ESTALE, errno.ETIMEDOUT, errno.EBUSY)
+TRIES = 6
+"""A storage call that fails for now is made so often, with growing pauses: 6 s in all."""
+
+Answer = TypeVar("Answer")
 
 
 class ObjectStore(Protocol):
@@ -125,6 +131,20 @@ def check_key(key: str) -> str:
     return key
 
 
+def patiently(operation: Callable[[], Answer], *, pause_s: float = 0.2) -> Answer:
+    """Repeats a storage call while it raises TransientStorageError, then raises that.
+
+    `pause_s` is the first pause; each further one is twice as long. A write that failed may have taken place all the
+    same, which its repetition finds out.
+    """
+    for attempt in range(TRIES - 1):
+        try:
+            return operation()
+        except TransientStorageError:
+            time.sleep(pause_s * 2**attempt)
+    return operation()
+
+
 @dataclass(frozen=True)
 class FileStore:
     """A folder. It is made by the first write, and no key leads out of it, symbolic links included."""
@@ -185,9 +205,10 @@ class S3Store:
 
     def get(self, key: str, *, max_bytes: int | None = None) -> bytes:
         with self._operation("read", key) as (client, target):
-            answer: dict[str, Any] = {}
-            if _status_of((404,), lambda: answer.update(client.get_object(**target))) == 404:
-                raise MissingObjectError(f"there is no object at {self.uri(key)}; check the name")
+            try:
+                answer = client.get_object(**target)
+            except client.exceptions.NoSuchKey:
+                raise MissingObjectError(f"there is no object at {self.uri(key)}; check the name") from None
             _check_size(answer["ContentLength"], self.uri(key), max_bytes)
             return bytes(answer["Body"].read())
 
@@ -203,7 +224,9 @@ class S3Store:
                 status = _status_of((409, 412), client.put_object, **target, Body=data, IfNoneMatch="*")
                 if status != 409:
                     return status != 412
-        raise StorageError(f"cannot write {self.uri(key)}: {CONFLICT_TRIES} conflicts with other writers; try again")
+        raise TransientStorageError(
+            f"cannot write {self.uri(key)}: {CONFLICT_TRIES} conflicts with other writers; try again"
+        )
 
     def list(self, prefix: str = "") -> Iterator[str]:
         _check_prefix(prefix)
@@ -338,7 +361,19 @@ def _as_storage_error(what: str) -> Iterator[None]:
     except Exception as error:
         # boto3's errors are recognised by module, so that a file store never imports it.
         if isinstance(error, (OSError, RuntimeError)):
-            raise StorageError(f"cannot {what}: {error}; check the path, and that access is allowed") from error
-        if type(error).__module__.startswith(("botocore", "boto3")):
-            raise StorageError(f"cannot {what}: {error}; check the name, the AWS_* settings and your access") from error
+            kind = TransientStorageError if getattr(error, "errno", None) in TRANSIENT_ERRNOS else StorageError
+            raise kind(f"cannot {what}: {error}; check the path, and that access is allowed") from error
+        if type(error).__module__.startswith(("botocore", "boto3", "urllib3")):
+            kind = TransientStorageError if _is_transient(error) else StorageError
+            raise kind(f"cannot {what}: {error}; check the name, the AWS_* settings and your access") from error
         raise
+
+
+def _is_transient(error: Exception) -> bool:
+    """Whether S3 did not answer (a connection that failed or broke off), or answered to come back later."""
+    from botocore.exceptions import ClientError, HTTPClientError
+
+    if isinstance(error, ClientError):
+        status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500))
+        return status >= 500 or status in (408, 429)
+    return isinstance(error, HTTPClientError) or type(error).__module__.startswith("urllib3")

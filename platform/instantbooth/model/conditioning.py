@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -12,8 +13,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from instantbooth.errors import ConceptError
@@ -72,8 +73,8 @@ class Concept:
             content.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
         return content.hexdigest()
 
-    def save(self, path: str | Path) -> None:
-        """Writes a safetensors file whose metadata tells class noun, digests and time."""
+    def to_bytes(self) -> bytes:
+        """A safetensors file whose metadata tells class noun, digests and time."""
         metadata = {
             "format": FORMAT,
             "class_noun": self.class_noun,
@@ -85,26 +86,48 @@ class Concept:
             "concept_embedding": self.concept_embedding.detach().cpu().contiguous(),
             "patch_features": self.patch_features.detach().cpu().contiguous(),
         }
-        save_file(tensors, path, metadata=metadata)
+        return save(tensors, metadata=metadata)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, *, name: str = "the concept") -> Concept:
+        """What `to_bytes` gave. ConceptError, with `name`, where the bytes are damaged or no concept."""
+        try:
+            metadata, tensors = _metadata(data), load(data)
+            if metadata.get("format") != FORMAT:
+                raise ConceptError(f"{name} holds no concept; name a file written by Concept.save")
+            return cls(
+                concept_embedding=tensors["concept_embedding"],
+                patch_features=tensors["patch_features"],
+                class_noun=metadata["class_noun"],
+                encoder_digest=metadata["encoder_digest"],
+                image_digests=tuple(json.loads(metadata["image_digests"])),
+                created=metadata["created"],
+            )
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise ConceptError(f"{name} cannot be read as a concept ({error}); encode the subject again") from error
+
+    def save(self, path: str | Path) -> None:
+        """Writes what `to_bytes` gives, in one step: a reader never sees a part of it."""
+        target = Path(path)
+        partial = target.with_name(f"{target.name}.partial")
+        partial.write_bytes(self.to_bytes())
+        os.replace(partial, target)
 
     @classmethod
     def load(cls, path: str | Path) -> Concept:
         """Reads what `save` wrote. ConceptError where the file is missing, damaged or no concept."""
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise ConceptError(f"{path} holds no concept; name a file written by Concept.save")
-                return cls(
-                    concept_embedding=file.get_tensor("concept_embedding"),
-                    patch_features=file.get_tensor("patch_features"),
-                    class_noun=metadata["class_noun"],
-                    encoder_digest=metadata["encoder_digest"],
-                    image_digests=tuple(json.loads(metadata["image_digests"])),
-                    created=metadata["created"],
-                )
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            data = Path(path).read_bytes()
+        except OSError as error:
             raise ConceptError(f"{path} cannot be read as a concept ({error}); encode the subject again") from error
+        return cls.from_bytes(data, name=str(path))
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    """The metadata in a safetensors file's header: 8 bytes of its length, then JSON."""
+    length = int.from_bytes(data[:8], "little")
+    found: dict[str, str] = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+    return found
 
 
 def inject(prompt_embeds: Tensor, positions: Tensor, concept_embeddings: Tensor) -> Tensor:

@@ -156,12 +156,14 @@ class Personalizer:
     @property
     def encoder_digest(self) -> str:
         """Names the encoders: concepts made by others are refused."""
-        return sha256(f"{self.image_encoder.digest}{tensors_digest(self.trained.encoders)}".encode()).hexdigest()
+        return sha256(
+            f"{self.image_encoder.digest}{tensors_digest(self.trained.encoders.state_dict())}".encode()
+        ).hexdigest()
 
     @property
     def weights_digest(self) -> str:
         """Names everything trained, for provenance."""
-        return tensors_digest(self.trained)
+        return tensors_digest(self.trained.state_dict())
 
     @torch.inference_mode()
     def encode(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
 
@@ -28,15 +29,20 @@ def save_weights(folder: Path, config: WeightsConfig, trained: nn.Module, *, dty
     config.save(folder / CONFIG_FILE)
 
 
-def load_weights(folder: Path, trained: nn.Module) -> None:
-    """Copies the folder's tensors into `trained`. WeightsError where they are missing, damaged or of another shape."""
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """The folder's tensors by name. WeightsError where they are missing or damaged."""
     path = folder / TENSORS_FILE
     if not path.is_file():
         raise WeightsError(f"{path} does not exist; name a folder with {CONFIG_FILE} and {TENSORS_FILE}")
     try:
-        tensors: dict[str, Tensor] = load_file(path)
+        return load_file(path)
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path} is damaged ({error}); copy or train the weights again") from error
+
+
+def load_weights(folder: Path, trained: nn.Module) -> None:
+    """Copies the folder's tensors into `trained`. WeightsError where they are missing, damaged or of another shape."""
+    path, tensors = folder / TENSORS_FILE, read_tensors(folder)
     expected = {name: tuple(value.shape) for name, value in trained.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in tensors.items()}
     if expected != found:
@@ -49,10 +55,10 @@ def load_weights(folder: Path, trained: nn.Module) -> None:
     trained.load_state_dict(tensors)
 
 
-def tensors_digest(module: nn.Module) -> str:
-    """SHA-256 of all parameters, by name, as float32."""
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of all tensors, by name, as float32."""
     content = sha256()
-    for name, value in sorted(module.state_dict().items()):
+    for name, value in sorted(tensors.items()):
         content.update(name.encode())
         content.update(value.detach().float().cpu().contiguous().numpy().tobytes())
     return content.hexdigest()
