@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from moto import mock_aws
 
 from instantbooth.errors import StorageError
-from instantbooth.storage import ObjectStore, open_store, read_uri
+from instantbooth.storage import ObjectStore, open_store, open_uri, read_uri
 
 
 @pytest.fixture
@@ -45,6 +45,10 @@ def test_an_object_comes_back_by_key_and_by_uri(store: ObjectStore) -> None:
     store.put(key, b"new")
     assert store.exists(key)
     assert store.get(key) == read_uri(store.uri(key)) == pickle.loads(pickle.dumps(store)).get(key) == b"new"
+    with open_uri(store.uri(key)) as file:
+        assert (file.read(1), file.seek(0), file.read()) == (b"n", 0, b"new")
+    with pytest.raises(StorageError, match="none"), open_uri(store.uri("none")):
+        pass
 
 
 def test_keys_are_listed_by_prefix_and_sorted(store: ObjectStore) -> None:
