@@ -43,12 +43,13 @@ def miniature(options: cli.Flat[MiniatureExamination]) -> None:
         preset.base, weights=options.weights or preset.weights, image_encoder=preset.image_encoder
     )
     exam = Examination(booth, folder / "judges", draw_subjects(options.split, options.identities))
-    figures = examine(exam) | judge_figures(folder / "judges", options.output)
+    figures, pictures = examine(exam)
+    figures |= judge_figures(folder / "judges", options.output)
     missed = [name for name, bar in BARS.items() if figures[name] < bar]
     if figures["identification_top1"] <= figures["identification_top1_one_reference"]:
         missed.append("five references better than one")
     options.output.mkdir(parents=True, exist_ok=True)
-    grid(exam).save(options.output / "miniature.png")
+    grid(exam, pictures).save(options.output / "miniature.png")
     result = {"figures": {name: round(value, 4) for name, value in figures.items()}, "bars": BARS, "missed": missed}
     (options.output / "miniature.json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
@@ -65,9 +66,8 @@ def judge_figures(judges: Path, output: Path) -> dict[str, float]:
     }
 
 
-def grid(exam: Examination, *, subjects: int = 12, scale: int = 2) -> Image.Image:
+def grid(exam: Examination, images: list[Image.Image], *, subjects: int = 12, scale: int = 2) -> Image.Image:
     """Three references of each subject beside the pictures of its prompts."""
-    images = exam.personalized(exam.concepts(5))
     rows = []
     for number in range(min(subjects, len(exam.subjects))):
         own = [image for image, owner in zip(images, exam.owners.tolist(), strict=True) if owner == number]

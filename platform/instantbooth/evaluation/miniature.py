@@ -160,15 +160,16 @@ class Examination:
         return float(own.mean())
 
 
-def examine(exam: Examination) -> dict[str, float]:
-    """The figures behind BARS, and the same with one reference picture."""
+def examine(exam: Examination) -> tuple[dict[str, float], list[Image.Image]]:
+    """The figures behind BARS, the same with one reference picture, and the pictures made with five."""
     figures = {"base_prompt_accuracy": exam.prompt_accuracy(exam.unpersonalized())}
+    pictures = {}
     for references, suffix in ((5, ""), (1, "_one_reference")):
-        images = exam.personalized(exam.concepts(references))
+        images = pictures[references] = exam.personalized(exam.concepts(references))
         figures[f"identification_top1{suffix}"] = exam.identification_top1(images)
         figures[f"identity_similarity{suffix}"] = exam.similarity(images)
         figures[f"prompt_accuracy{suffix}"] = exam.prompt_accuracy(images)
-    return figures
+    return figures, pictures[5]
 
 
 def choose_scales(

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from instantbooth.errors import BaseModelError
+from instantbooth.model.loading import silent_loading
 from instantbooth.model.samplers import NoiseSchedule
 
 PARTS = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
@@ -36,7 +37,8 @@ class BaseModel:
         _check_layout(folder)
         try:
             tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-            text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=dtype)
+            with silent_loading():
+                text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=dtype)
             vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=dtype)
             unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype)
             scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())

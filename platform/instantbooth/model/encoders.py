@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -14,9 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPVisionModelWithProjection
-from transformers.utils import logging
 
 from instantbooth.errors import WeightsError
+from instantbooth.model.loading import silent_loading
 
 
 class ImageEncoder(nn.Module):
@@ -29,7 +27,7 @@ class ImageEncoder(nn.Module):
         self.patch_layer = patch_layer
         try:
             settings = json.loads((folder / "preprocessor_config.json").read_text())
-            with _without_load_report():
+            with silent_loading():
                 self.tower = CLIPVisionModelWithProjection.from_pretrained(folder, dtype=dtype).to(device)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise WeightsError(f"{folder} is no CLIP image encoder ({error}); name a CLIP folder") from error
@@ -89,17 +87,6 @@ class Encoders(nn.Module):
     def forward(self, global_features: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Features of N images → concept embeddings [N, W] and patch features [N, tokens, W], one for each image."""
         return self.concept(global_features), self.patch(tokens)
-
-
-@contextmanager
-def _without_load_report() -> Iterator[None]:
-    """A whole CLIP's text tower is left out on purpose; transformers would list every tensor of it."""
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
 
 
 def resize_to_tensor(image: Image.Image, size: int) -> Tensor:

@@ -12,6 +12,7 @@ from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
 from instantbooth.errors import ImageError, WeightsError
 from instantbooth.images import MIN_FOREGROUND
+from instantbooth.model.loading import silent_loading
 from instantbooth.prompts import CLASS_NOUNS, class_of
 
 
@@ -22,7 +23,8 @@ class Segmenter:
         """Loads a folder. WeightsError where it holds no such model."""
         try:
             self.processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
-            self.model: nn.Module = AutoModelForSemanticSegmentation.from_pretrained(folder).eval().to(device)
+            with silent_loading():
+                self.model: nn.Module = AutoModelForSemanticSegmentation.from_pretrained(folder).eval().to(device)
         except (OSError, ValueError, KeyError) as error:
             raise WeightsError(f"{folder} is no segmentation model of transformers ({error})") from error
         self.labels = {str(label).lower(): int(index) for index, label in self.model.config.id2label.items()}

@@ -1,0 +1,26 @@
+"""Loading models in silence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from transformers.utils import logging
+
+
+@contextmanager
+def silent_loading() -> Iterator[None]:
+    """Without transformers' progress bars and load reports.
+
+    A model loads in a second, and where a part of a file is meant to be left out (a whole CLIP's text tower), the
+    report would list every tensor of it.
+    """
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
