@@ -60,12 +60,12 @@ class Recipe:
         batch_size=32,
         processes=2,
     )
-    adapters: AdapterTrainingConfig = AdapterTrainingConfig(steps=2000)
+    adapters: AdapterTrainingConfig = AdapterTrainingConfig(steps=3500)
     defaults: GenerationDefaults = GenerationDefaults(
-        adapter_scale=0.8, concept_scale=0.8, guidance_scale=4.0, num_inference_steps=25
+        adapter_scale=1.0, concept_scale=1.0, guidance_scale=3.0, num_inference_steps=25
     )
     """Sampling parameters; α and β are chosen on validation identities at the end."""
-    validation_subjects: int = 8
+    validation_subjects: int = 16
     """Identities, with four prompts each, on which α and β are chosen."""
 
 
@@ -240,6 +240,7 @@ def _choose_scales(shop: Workshop) -> dict[str, float]:
     booth = Personalizer.from_pretrained(
         preset.base, weights=preset.weights, image_encoder=preset.image_encoder, device=shop.device
     )
+    booth.defaults = shop.recipe.defaults
     exam = Examination(booth, shop.models / "judges", draw_subjects("validation", shop.recipe.validation_subjects))
     chosen = choose_scales(exam, report=lambda row: print(json.dumps(row)))
     booth.defaults = replace(
