@@ -36,7 +36,9 @@ from jobs.report import Curve, Subject, write_contact_sheet, write_page
 from jobs.train import TrainConfig, TrainReport, train
 from pipelines.ingest import IngestConfig, IngestReport, ingest
 from pipelines.model import ModelConfig
-from pipelines.personalize import FAILED, IMAGES, SUCCEEDED, load_manifest
+from pipelines.outcome import FAILED, SUCCEEDED
+from pipelines.personalize import load_manifest
+from pipelines.plan import IMAGES
 
 
 @dataclass(frozen=True, kw_only=True)

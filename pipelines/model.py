@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from instantbooth import Personalizer
+from instantbooth.model.weights import read_tensors, tensors_digest
+from instantbooth.presets import preset
 from instantbooth.tracking import resolve_weights
+from pipelines.plan import ModelIdentity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,10 +28,21 @@ class ModelConfig:
     tracking_uri: str = "sqlite:///mlflow.db"
     """MLflow: the registry of models:/ URIs, and where trainings are tracked."""
 
+    def identity(self) -> ModelIdentity:
+        """What of the model determines pictures, without loading it. WeightsError where the weights are missing."""
+        with self._folder() as folder:
+            weights = tensors_digest(read_tensors(folder or Path(preset(self.base).weights or "")))
+        return ModelIdentity(base=self.base, image_encoder=self.image_encoder, weights=weights)
+
     def load(self, *, device: str) -> Personalizer:
         """The model on a device. Raises WeightsError or BaseModelError where a part is missing or does not fit."""
-        with tempfile.TemporaryDirectory() as folder:
-            weights = resolve_weights(self.weights, self.tracking_uri, Path(folder)) if self.weights else None
+        with self._folder() as weights:
             return Personalizer.from_pretrained(
                 self.base, image_encoder=self.image_encoder, weights=weights, device=device
             )
+
+    @contextmanager
+    def _folder(self) -> Iterator[Path | None]:
+        """The weights in a local folder, for as long as it is needed; None for the preset's own."""
+        with tempfile.TemporaryDirectory() as folder:
+            yield resolve_weights(self.weights, self.tracking_uri, Path(folder)) if self.weights else None

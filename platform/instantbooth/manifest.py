@@ -79,6 +79,8 @@ class ManifestRow:
     """Width x height in pixels, such as "512x768"; multiples of 8. Whether the model can make it, the model knows."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """Carried through to the results unread; any JSON."""
+    attempt: int = 0
+    """Raised by one in failed.jsonl: a row that has failed is settled, and this makes it new work."""
 
     def __post_init__(self) -> None:
         for name in LISTS:
@@ -108,7 +110,9 @@ class ManifestRow:
 FIELDS = tuple(each.name for each in fields(ManifestRow))
 REQUIRED = ("id", "images", "class_noun", "prompts")
 PROMPT_SET = "prompt_set"
-COLUMNS = (*FIELDS, PROMPT_SET)
+PASSED_OVER = ("code", "error")
+"""What failed.jsonl says of a row beside the row itself."""
+COLUMNS = (*FIELDS, PROMPT_SET, *PASSED_OVER)
 LISTS = ("images", "masks", "prompts")
 NUMBERS = (
     "num_images_per_prompt",
@@ -117,10 +121,11 @@ NUMBERS = (
     "guidance_scale",
     "adapter_scale",
     "concept_scale",
+    "attempt",
 )
 WHOLE_NUMBERS = tuple(name for name in NUMBERS if RANGES[name].whole)
 NULLABLE = tuple(each.name for each in fields(ManifestRow) if each.default is None)
-DEFAULTS = dict.fromkeys(NULLABLE) | {"num_images_per_prompt": 1, "metadata": {}}
+DEFAULTS = dict.fromkeys(NULLABLE) | {"num_images_per_prompt": 1, "metadata": {}, "attempt": 0}
 
 
 def read_manifest(

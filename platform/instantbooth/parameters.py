@@ -25,6 +25,7 @@ RANGES = {
     "concept_scale": Range(low=0, high=2),
     "num_images_per_prompt": Range(low=1, high=16, whole=True),
     "seed": Range(low=0, high=2**63 - 1, whole=True),
+    "attempt": Range(low=0, high=1000, whole=True),
 }
 
 

@@ -1,7 +1,7 @@
 """The main job from end to end on a tiny model with random weights: pairs → shards → training → pictures."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 
@@ -9,16 +9,17 @@ import pytest
 from PIL import Image
 
 from instantbooth import Personalizer
-from instantbooth.errors import ManifestError, ParameterError, WeightsError
+from instantbooth.errors import InstantBoothError, ManifestError, ParameterError, WeightsError
 from instantbooth.manifest import ManifestRow
 from instantbooth.miniature.samples import write_manifest, write_pairs
-from instantbooth.storage import FileStore
+from instantbooth.storage import FileStore, read_uri
 from instantbooth.tracking import TrackedRun
 from instantbooth.training.adapters import AdapterTrainingConfig
 from jobs.train import TrainConfig, TrainReport, train
 from pipelines.ingest import IngestConfig, ingest
 from pipelines.model import ModelConfig
-from pipelines.personalize import PersonalizeConfig, load_manifest, personalize, picture_key, requests
+from pipelines.outcome import FAILED, SUCCEEDED, PersonalizeReport
+from pipelines.personalize import PersonalizeConfig, load_manifest, personalize
 from tests.tiny import tiny_booth, tiny_model
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -96,44 +97,96 @@ def test_what_training_cannot_have_is_refused_at_once(project: Project) -> None:
         train(TrainConfig(**(vars(config) | {"model": missing})))
 
 
+def personalized(
+    project: Project, name: str, manifest: list[ManifestRow]
+) -> tuple[PersonalizeReport, list[dict], list[dict]]:
+    """Runs the job on these rows; its report, and what it says of rows that succeeded and failed."""
+    project.store.put(f"{name}.jsonl", "".join(row.to_json() + "\n" for row in manifest).encode())
+    report = personalize(
+        PersonalizeConfig(
+            manifest=f"{project.folder}/{name}.jsonl",
+            output=f"{project.folder}/{name}",
+            model=project.model,
+            generators=1,
+            row_budget=6,
+        )
+    )
+    succeeded, failed = (
+        [json.loads(line) for line in project.store.get(f"{name}/{kind}").splitlines()] for kind in (SUCCEEDED, FAILED)
+    )
+    assert (report.rows, report.failed) == (len(manifest), len(failed))
+    return report, succeeded, failed
+
+
 def test_a_bad_row_fails_alone_and_a_picture_does_not_depend_on_its_company(project: Project) -> None:
     rows = load_manifest(f"{project.folder}/orders/manifest.jsonl")
     unreadable = ManifestRow(
         id="absent", images=(f"{project.folder}/no.png",), class_noun="cat", prompts=rows[0].prompts
     )
-    long = "very " * 40 + "nice {subject}"
-    overlong = ManifestRow(id="overlong", images=rows[0].images, class_noun="cat", prompts=(long,))
+    overlong = ManifestRow(
+        id="overlong", images=rows[0].images, class_noun="cat", prompts=("very " * 40 + "nice {subject}", "{subject}")
+    )
+    report, succeeded, failed = personalized(project, "together", [unreadable, *rows, overlong])
+    assert [record["id"] for record in succeeded] == [row.id for row in rows]
+    assert [(record["id"], record["code"]) for record in failed] == [
+        ("absent", "missing_object"),
+        ("overlong", "prompt"),
+    ]
+    assert "no.png" in failed[0]["error"]
+    assert "token" in failed[1]["error"]
+    assert report.failures == {"missing_object": len(rows[0].prompts), "prompt": 1}
+    assert report.images == sum(len(record["images"]) for record in succeeded) + 1
 
-    def run(name: str, manifest: list[ManifestRow]) -> list[dict[str, object]]:
-        project.store.put(f"{name}.jsonl", "".join(row.to_json() + "\n" for row in manifest).encode())
-        report = personalize(
-            PersonalizeConfig(
-                manifest=f"{project.folder}/{name}.jsonl",
-                output=f"{project.folder}/{name}",
-                model=project.model,
-                generators=1,
-                images_per_call=5,
-            )
+    _, alone, _ = personalized(project, "alone", [rows[1]])
+    among = next(record for record in succeeded if record["id"] == rows[1].id)
+    assert alone == [among]
+    for image in among["images"]:
+        first, second = (
+            Image.open(BytesIO(project.store.get(f"{run}/{image['key']}"))) for run in ("alone", "together")
         )
-        succeeded = [json.loads(line) for line in project.store.get(f"{name}/succeeded.jsonl").splitlines()]
-        failed = [json.loads(line) for line in project.store.get(f"{name}/failed.jsonl").splitlines()]
-        assert (report.rows, report.failed) == (len(manifest), len(failed))
-        assert report.images == sum(len(record["images"]) for record in succeeded)
-        return succeeded + failed
+        assert first.tobytes() == second.tobytes()
+        assert first.text["prompt"] == image["prompt"]
+        assert first.text["seed"] == str(image["seed"])
+        assert first.text.keys() >= {"weights", "concept", "class_noun", "work"}
 
-    together = run("together", [unreadable, *rows, overlong])
-    assert [record["id"] for record in together] == [*(row.id for row in rows), "absent", "overlong"]
-    assert "no.png" in together[-2]["error"]
-    assert "token" in together[-1]["error"]
 
-    run("alone", [rows[1]])
-    for request in requests(rows[1]):
-        key = picture_key(rows[1].id, request.prompt_index, request.number)
-        alone, among = (Image.open(BytesIO(project.store.get(f"{run}/{key}"))) for run in ("alone", "together"))
-        assert alone.tobytes() == among.tobytes()
-        assert alone.text["prompt"] == request.prompt
-        assert alone.text["seed"] == str(request.seed)
-        assert alone.text.keys() >= {"weights", "concept", "class_noun"}
+def test_a_job_run_again_does_only_what_is_missing(project: Project) -> None:
+    rows = load_manifest(f"{project.folder}/orders/manifest.jsonl")
+    first, succeeded, _ = personalized(project, "again", rows)
+    stored = sorted(project.store.list("again/"))
+    times = {key: (project.folder / key).stat().st_mtime_ns for key in stored}
+    assert personalized(project, "again", rows)[0] == first
+    assert {key: (project.folder / key).stat().st_mtime_ns for key in stored} == times
+
+    changed = replace(rows[0], prompts=("a watercolor of a {subject}", *rows[0].prompts[1:]))
+    second, after, _ = personalized(project, "again", [changed, *rows[1:]])
+    assert second.images == first.images
+    before, now = ({image["key"] for record in each for image in record["images"]} for each in (succeeded, after))
+    assert len(now - before) == 1
+    new = {key for key in project.store.list("again/") if key not in stored}
+    assert len([key for key in new if key.startswith("again/images/")]) == 1
+    assert not [key for key in new if key.startswith("again/concepts/")]
+
+
+def test_a_job_that_goes_wrong_stops_and_goes_on_when_run_again(project: Project) -> None:
+    rows = load_manifest(f"{project.folder}/orders/manifest.jsonl")
+    lost = [replace(rows[0], id=f"lost{n}", images=(f"{project.folder}/no{n}.png",), masks=None) for n in range(3)]
+    project.store.put("wrong.jsonl", "".join(row.to_json() + "\n" for row in lost).encode())
+    config = PersonalizeConfig(
+        manifest=f"{project.folder}/wrong.jsonl",
+        output=f"{project.folder}/wrong",
+        model=project.model,
+        generators=1,
+        row_budget=6,
+        max_failures=1,
+    )
+    with pytest.raises(InstantBoothError, match="more than max_failures"):
+        personalize(config)
+    assert personalize(replace(config, max_failures=None)).failed == 3
+
+    project.store.put("no0.png", read_uri(rows[0].images[0]))
+    again = personalize(replace(config, manifest=f"{project.folder}/wrong/{FAILED}", max_failures=None))
+    assert (again.rows, again.failed, again.images) == (3, 2, len(rows[0].prompts))
 
 
 def test_a_malformed_manifest_is_refused_whole_with_every_fault(project: Project) -> None:
