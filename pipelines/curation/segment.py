@@ -1,0 +1,136 @@
+"""Finding the subject of pairs that come without a mask."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForUniversalSegmentation
+
+from instantbooth.errors import WeightsError
+from instantbooth.images import MIN_FOREGROUND, decode_image
+from instantbooth.model.base import locate
+from instantbooth.model.loading import silent_loading
+from instantbooth.model.segmentation import Segmenter
+from pipelines.curation.pairs import Pair, Reason, Slice
+from pipelines.curation.steps import Rules, png_of
+
+Silhouette = NDArray[np.bool_]
+
+
+class SubjectFinder:
+    """An actor with a segmentation model in transformers' format, semantic or (Mask2Former and its like) of instances.
+
+    Pairs without a mask get that of the largest subject of their class. A model of instances tells subjects that touch
+    apart; with a semantic one, several subjects are noticed where their parts of the mask lie apart.
+    """
+
+    def __init__(self, name_or_path: str, *, rules: Rules, batch_size: int, device: str) -> None:
+        """Loads a folder, or a hub name. WeightsError where it holds no such model."""
+        self.rules = rules
+        self.batch_size = batch_size
+        self.model = load_model(locate(name_or_path), torch.device(device))
+
+    def __call__(self, item: dict[str, Slice]) -> dict[str, Slice]:
+        wanted = [pair for pair in item["slice"].pairs if not pair.reason and not pair.mask]
+        found = {}
+        for start in range(0, len(wanted), self.batch_size):
+            batch = wanted[start : start + self.batch_size]
+            pictures = [decode_image(pair.image, name=pair.name).convert("RGB") for pair in batch]
+            labels = [self._labels(pair.subject) for pair in batch]
+            for pair, subjects in zip(batch, self.model.subjects(pictures, labels), strict=True):
+                found[pair.row] = self._masked(pair, subjects)
+        pairs = tuple(found.get(pair.row, pair) for pair in item["slice"].pairs)
+        return {"slice": replace(item["slice"], pairs=pairs)}
+
+    def _labels(self, subject: str) -> set[int]:
+        names = {subject, *(noun for noun, name in self.rules.classes().items() if name == subject)}
+        return {index for label, index in self.model.labels.items() if label in names}
+
+    def _masked(self, pair: Pair, subjects: list[Silhouette]) -> Pair:
+        sized = sorted(((float(subject.mean()), number) for number, subject in enumerate(subjects)), reverse=True)
+        if not sized or sized[0][0] < MIN_FOREGROUND:
+            return pair.dropped(Reason.NO_SUBJECT, f"the segmentation model sees no {pair.subject} in the picture")
+        if len(sized) > 1 and sized[1][0] >= self.rules.second_subject * sized[0][0]:
+            shares = " and ".join(f"{share:.0%}" for share, _ in sized[:2])
+            return pair.dropped(Reason.SEVERAL_PICTURED, f"the largest of {len(sized)} subjects cover {shares}")
+        largest = subjects[sized[0][1]]
+        return replace(pair, mask=png_of(Image.fromarray(np.where(largest, np.uint8(255), np.uint8(0)))))
+
+
+class SemanticModel:
+    """One mask for all subjects of a class."""
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        self.segmenter = Segmenter(folder, device=device)
+        self.labels = self.segmenter.labels
+
+    @torch.inference_mode()
+    def subjects(self, pictures: list[Image.Image], labels: Sequence[set[int]]) -> list[list[Silhouette]]:
+        """For each RGB picture the silhouettes of its subjects: pixels whose label is among its `labels`."""
+        inputs = self.segmenter.processor(images=pictures, return_tensors="pt").to(self.segmenter.device)
+        logits = self.segmenter.model(**inputs).logits
+        silhouettes = []
+        for number, (picture, wanted) in enumerate(zip(pictures, labels, strict=True)):
+            scores = logits[number : number + 1]
+            upsampled = nn.functional.interpolate(scores, size=picture.size[::-1], mode="bilinear")
+            silhouettes.append([np.isin(upsampled.argmax(dim=1)[0].cpu().numpy(), list(wanted))])
+        return silhouettes
+
+
+class InstanceModel:
+    """A mask for every subject."""
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        try:
+            self.processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+            with silent_loading():
+                self.model = AutoModelForUniversalSegmentation.from_pretrained(folder).eval().to(device)
+        except (OSError, ValueError, KeyError) as error:
+            raise WeightsError(f"{folder} is no segmentation model of transformers ({error})") from error
+        self.labels = {str(label).lower(): int(index) for index, label in self.model.config.id2label.items()}
+        self.device = device
+
+    @torch.inference_mode()
+    def subjects(self, pictures: list[Image.Image], labels: Sequence[set[int]]) -> list[list[Silhouette]]:
+        """For each RGB picture the silhouettes of its subjects, segments whose label is among its `labels`."""
+        inputs = self.processor(images=pictures, return_tensors="pt").to(self.device)
+        found = self.processor.post_process_panoptic_segmentation(
+            self.model(**inputs), label_ids_to_fuse=set(), target_sizes=[picture.size[::-1] for picture in pictures]
+        )
+        return [
+            [
+                segments["segmentation"].cpu().numpy() == segment["id"]
+                for segment in segments["segments_info"]
+                if segment["label_id"] in wanted
+            ]
+            for segments, wanted in zip(found, labels, strict=True)
+        ]
+
+
+def load_model(folder: Path, device: torch.device) -> SemanticModel | InstanceModel:
+    """The model of a folder. WeightsError where it holds none."""
+    try:
+        kind = type(AutoConfig.from_pretrained(folder))
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{folder} is no segmentation model of transformers ({error}); name its folder") from error
+    instances = kind in AutoModelForUniversalSegmentation._model_mapping
+    return InstanceModel(folder, device) if instances else SemanticModel(folder, device)
+
+
+def folder_digest(folder: Path) -> str:
+    """SHA-256 over the names and the content of a model folder's files."""
+    files = sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors", ".bin", ".txt"))
+    content = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as stream:
+            content.update(path.relative_to(folder).as_posix().encode())
+            content.update(hashlib.file_digest(stream, "sha256").digest())
+    return content.hexdigest()
