@@ -127,7 +127,7 @@ def _feed(config: TrainConfig, report: IngestReport, preparer: ExamplePreparer) 
     store = open_store(config.dataset)
     wanted = config.adapters.steps * config.adapters.batch_size
     # One epoch more than needed: splitting evenly between workers drops a few rows.
-    epochs = -(-wanted // report.kept) + 1
+    epochs = -(-wanted // report.splits["train"]) + 1
     return training_feed(
         [store.uri(shard) for shard in report.shards], preparer, seed=config.adapters.seed, epochs=epochs
     )

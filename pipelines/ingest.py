@@ -1,50 +1,53 @@
 """Raw text-image pairs become curated Parquet shards.
 
-Source: a folder with `metadata.jsonl`, in the form that Hugging Face's image folders have, one object a line:
+A source (see curation.sources) is read in units, and each unit is cut into slices. A slice goes through the pipeline as
+one: name the subject → decode → find the subject → judge the mask → stage. Then, with every pair known, duplicates and
+the split are decided, and each slice becomes a shard for training, one for validation, and a list of what was dropped.
 
-    {"file_name": "images/1.jpg", "mask_file_name": "masks/1.png", "text": "a photo of a woman at the beach"}
+The outcome depends on the source and the configuration alone. Names are digests of what decides the content, and
+everything is written at once and never replaced: a run that was killed anywhere is repeated, and goes on from what is
+there; a run over a source that has grown reads only what is new, and rewrites the few slices of which a new picture
+makes an older one a duplicate. (A rule by which the older picture stays would spare that, but then the outcome would
+tell in which order a source grew.)
 
-Output: `shards/*.parquet` (columns of SCHEMA), `dropped.jsonl` (one line per dropped pair, with its reason), and,
-written last, `dataset.json`: the counts and the list of shards. What it does not list is no part of the data set.
+Output: what curation.shards lists; `manifest.json`, every file of the data set with its SHA-256; `report.html`; and,
+written last, `report.json`. What the manifest does not list is no part of the data set.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
-import re
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import ray.data
 
-from instantbooth.errors import ImageError, ParameterError, StorageError
-from instantbooth.images import check_mask, decode_image, mask_coverage
-from instantbooth.prompts import CLASS_NOUNS, class_of, insert_field
-from instantbooth.storage import ObjectStore, open_store
+from instantbooth.errors import MissingObjectError, ParameterError, StorageError
+from instantbooth.model.base import locate
+from instantbooth.presets import preset
+from instantbooth.storage import FileStore, ObjectStore, S3Store, open_store, patiently
+from pipelines.curation.decisions import Decisions, Staged
+from pipelines.curation.pairs import OnPairs, Slice
+from pipelines.curation.precompute import Precomputer
+from pipelines.curation.report import IngestReport, report_page, summarize
+from pipelines.curation.segment import SubjectFinder, folder_digest
+from pipelines.curation.shards import Draft, load_draft, stage, staged_key, unit_key, write_draft
+from pipelines.curation.sources import MAX_SLICE_BYTES, Columns, Unit, digest_of, plan, read_slices
+from pipelines.curation.steps import Rules, decode, judge_mask, name_subject
 
-METADATA = "metadata.jsonl"
-DATASET = "dataset.json"
-DROPPED = "dropped.jsonl"
-MAX_FILE_BYTES = 20_000_000
-SCHEMA = pa.schema(
-    {
-        "id": pa.string(),  # SHA-256 of image and caption
-        "image": pa.binary(),  # as it came
-        "mask": pa.binary(),  # PNG, "L", of the image's size
-        "caption": pa.string(),  # with {subject} in the noun's place
-        "noun": pa.string(),  # as the caption had it: "woman"
-        "subject": pa.string(),  # its class: "person"
-    }
-)
-RECORD = pa.schema({name: pa.string() for name in ("subject", "reason", "detail", "shard")} | {"line": pa.int64()})
-NOUN = re.compile(rf"\b({'|'.join(noun for nouns in CLASS_NOUNS.values() for noun in nouns)})\b")
+MANIFEST = "manifest.json"
+REPORT = "report.json"
+PAGE = "report.html"
+VERSION = 1
+"""Raised when the same rules come to another outcome: nothing that an older version staged is used then."""
+READERS = 16
+COMPUTING = ("tokenizer", "text_encoder", "vae")
+"""Parts of a base that shards may be precomputed with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,174 +55,212 @@ class IngestConfig:
     """What is read, what is kept, and where it goes."""
 
     source: str
-    """URI of the folder with metadata.jsonl."""
+    """URI of a folder or file: WebDataset tars, Parquet files, an image folder with metadata, or lists of URIs."""
     output: str
-    """URI of the folder for shards and records; a new one for each ingestion."""
-    min_coverage: float = 0.1
-    """Least share of the picture that the subject's mask covers (the paper's)."""
-    max_coverage: float = 0.7
-    """Largest share of the picture that the subject's mask covers (the paper's)."""
+    """URI of the folder for shards and reports. A later run with the same folder goes on from what is there."""
+    rules: Rules = field(default_factory=Rules)
+    """What a pair must be to be kept."""
+    columns: Columns = field(default_factory=Columns)
+    """Names of the source's columns, where they are unusual."""
+    segmenter: str | None = None
+    """Folder or hub name of a segmentation model that finds the subject of pairs without a mask."""
+    base: str | None = None
+    """Preset, folder or hub name of the Stable Diffusion to be trained: pairs are dropped whose captions are so long
+    that its text encoder does not reach the subject."""
+    precompute: bool = False
+    """Whether shards also hold what `base` makes of picture and caption: `latents` and `prompt_embeds`, as float16."""
+    actors: int = 1
+    """Actors with the segmentation model, and later with the base."""
+    actor_batch: int = 16
+    """Pictures that one of them works on together."""
+    gpus_per_actor: float = 0.0
+    """GPUs each of them claims; with 0 it computes on the CPU."""
+    near_bits: int = 8
+    """Perceptual hashes (128 bits) that differ in at most so many bits are of duplicates."""
+    validation: float = 0.02
+    """Share of pictures that is held out, chosen by their content."""
     rows_per_shard: int = 64
     """Pairs read for one shard."""
     rows_per_group: int = 32
     """Pairs in one Parquet row group."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.min_coverage < self.max_coverage <= 1:
-            raise ParameterError(
-                f"coverage must rise within 0 to 1, is {self.min_coverage} to {self.max_coverage}; 0.1 to 0.7 is usual"
-            )
-        if min(self.rows_per_shard, self.rows_per_group) < 1:
-            raise ParameterError("rows_per_shard and rows_per_group must be at least 1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class IngestReport:
-    """What became of the pairs: read = kept + the sum of dropped."""
-
-    read: int
-    kept: int
-    dropped: dict[str, int] = field(default_factory=dict)
-    """Reason → pairs."""
-    subjects: dict[str, int] = field(default_factory=dict)
-    """Class → pairs kept."""
-    shards: list[str] = field(default_factory=list)
-    """Keys below the output folder."""
-
-
-class Dropped(Exception):
-    """A pair that is not kept: a short reason to count, and the detail."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(reason, detail)
-        self.reason, self.detail = reason, detail
+        for name in ("actors", "actor_batch", "rows_per_shard", "rows_per_group"):
+            if getattr(self, name) < 1:
+                raise ParameterError(f"{name} must be at least 1, is {getattr(self, name)}")
+        if not 0 <= self.near_bits < 64:
+            raise ParameterError(f"near_bits must be from 0 to 63, is {self.near_bits}; 8 is the default")
+        if not 0 <= self.validation < 1:
+            raise ParameterError(f"validation must be a share from 0 to under 1, is {self.validation}; try 0.02")
+        if self.precompute and not self.base:
+            raise ParameterError("precompute needs a base, which is None; name the Stable Diffusion to be trained")
+        if _is_within(self.output, self.source):
+            raise ParameterError(f"output {self.output} lies within source {self.source}: it would be read; move it")
 
 
 def ingest(config: IngestConfig) -> IngestReport:
     """Curates every pair of the source. One bad pair costs itself alone.
 
-    Raises StorageError where metadata.jsonl cannot be read or the output cannot be written.
+    Raises StorageError where the source cannot be listed or the output cannot be written, WeightsError for a segmenter
+    that cannot be loaded.
     """
-    source, output = open_store(config.source), open_store(config.output)
-    lines = [
-        {"line": number, "metadata": text}
-        for number, text in enumerate(source.get(METADATA).decode(errors="replace").splitlines(), start=1)
-        if text.strip()
-    ]
-    if not lines:
-        raise StorageError(f"{source.uri(METADATA)} is empty; write one JSON object a line")
-    records = (
-        ray.data.from_items(lines, override_num_blocks=-(-len(lines) // config.rows_per_shard))
-        .map(partial(curate_row, store=source, config=config))
-        .map_batches(
-            partial(write_shard, store=output, rows_per_group=config.rows_per_group),
-            batch_size=config.rows_per_shard,
-            batch_format="pyarrow",
-        )
-    )
-    report, drops = _count(records.iter_rows())
-    output.put(DROPPED, "".join(json.dumps(drop) + "\n" for drop in drops).encode())
-    output.put(DATASET, json.dumps(asdict(report), indent=2).encode())
+    started = time.perf_counter()
+    output = open_store(config.output)
+    rules = _rules_digest(config)
+    units = plan(config.source, lines_per_unit=config.rows_per_shard)
+    present = set(output.list())
+    known = _known_slices(output, [unit.id(rules) for unit in units], present)
+    fresh, processed = _curate(config, [unit for unit in units if unit.id(rules) not in known], rules, output)
+    slices = [Staged(digest=digest, source=unit.key) for unit in units for digest in {**known, **fresh}[unit.id(rules)]]
+    decisions = Decisions(config.output, slices, near_bits=config.near_bits, validation=config.validation)
+    entries = _write(config, decisions, output, present)
+    report = summarize(decisions, entries)
+    report = replace(report, processed=processed, seconds=round(time.perf_counter() - started, 1))
+    output.put(MANIFEST, _json({"version": VERSION, "rules": rules, "files": entries}))
+    output.put(PAGE, report_page(report, decisions, config.output, config.source).encode())
+    output.put(REPORT, _json(asdict(report)))
     return report
+
+
+def curated(config: IngestConfig, units: Sequence[Unit], rules: str, output: ObjectStore) -> ray.data.Dataset:
+    """The pipeline: units → slices → staged slices, a row for each."""
+    read = partial(_read, columns=config.columns, pairs_per_slice=config.rows_per_shard, rules=rules, store=output)
+    slices = (
+        ray.data.from_items([{"unit": unit} for unit in units], override_num_blocks=len(units))
+        .flat_map(read)
+        .map(OnPairs(step=partial(name_subject, rules=config.rules, base=_base(config))))
+        .map(OnPairs(step=partial(decode, rules=config.rules)))
+    )
+    if config.segmenter:
+        slices = slices.map(
+            SubjectFinder,
+            fn_constructor_args=(config.segmenter,),
+            fn_constructor_kwargs={"rules": config.rules, **_placed(config)},
+            compute=ray.data.ActorPoolStrategy(size=config.actors),
+            num_gpus=config.gpus_per_actor,
+        )
+    return slices.map(OnPairs(step=partial(judge_mask, rules=config.rules))).map(partial(stage, store=output))
+
+
+def written(config: IngestConfig, drafts: Sequence[Draft], output: ObjectStore) -> ray.data.Dataset:
+    """The second pipeline: drafts → shards, a row of manifest entries for each."""
+    loaded = ray.data.from_items([{"draft": draft} for draft in drafts], override_num_blocks=len(drafts)).map(
+        partial(load_draft, store=output)
+    )
+    if config.precompute:
+        loaded = loaded.map(
+            Precomputer,
+            fn_constructor_args=(_base(config),),
+            fn_constructor_kwargs={"placeholder": config.rules.placeholder, **_placed(config)},
+            compute=ray.data.ActorPoolStrategy(size=config.actors),
+            num_gpus=config.gpus_per_actor,
+        )
+    return loaded.map(partial(write_draft, store=output, rows_per_group=config.rows_per_group))
 
 
 def read_report(dataset: str) -> IngestReport:
     """The report of an ingestion's output folder. Raises StorageError where there is none."""
-    store = open_store(dataset)
-    if not store.exists(DATASET):
-        raise StorageError(f"there is no {DATASET} in {dataset}; point to the output of an ingestion that finished")
-    return IngestReport(**json.loads(store.get(DATASET)))
-
-
-def curate_row(row: dict[str, Any], *, store: ObjectStore, config: IngestConfig) -> dict[str, Any]:
-    """A pair in the columns of SCHEMA with reason "", or its `reason` and `detail` with the other columns empty."""
-    empty: dict[str, Any] = dict.fromkeys(SCHEMA.names) | {"line": row["line"], "reason": "", "detail": ""}
+    advice = "point to the output of an ingestion that finished"
     try:
-        return empty | _curate(row["metadata"], store, config)
-    except Dropped as dropped:
-        return empty | {"reason": dropped.reason, "detail": dropped.detail}
+        return IngestReport(**json.loads(open_store(dataset).get(REPORT)))
+    except MissingObjectError as error:
+        raise StorageError(f"there is no {REPORT} in {dataset}; {advice}") from error
+    except (ValueError, TypeError) as error:
+        raise StorageError(f"{REPORT} in {dataset} is no ingestion's ({error}); {advice}") from error
 
 
-def write_shard(table: pa.Table, *, store: ObjectStore, rows_per_group: int) -> pa.Table:
-    """Writes the kept pairs of one batch as a shard named by its content; returns RECORD, one row a pair."""
-    rows = table.to_pylist()
-    kept = [{name: row[name] for name in SCHEMA.names} for row in rows if not row["reason"]]
-    shard = ""
-    if kept:
-        buffer = io.BytesIO()
-        # Encoded pictures do not get smaller.
-        pq.write_table(pa.Table.from_pylist(kept, SCHEMA), buffer, row_group_size=rows_per_group, compression="none")
-        name = hashlib.sha256("".join(row["id"] for row in kept).encode()).hexdigest()[:16]
-        shard = f"shards/{name}.parquet"
-        store.put(shard, buffer.getvalue())
-    return pa.Table.from_pylist([row | {"shard": "" if row["reason"] else shard} for row in rows], RECORD)
+def _read(
+    item: dict[str, Unit], *, columns: Columns, pairs_per_slice: int, rules: str, store: ObjectStore
+) -> Iterator[dict[str, Slice]]:
+    """A unit's slices; one that an earlier run staged goes on without its pairs."""
+    for part in read_slices(item["unit"], columns, pairs_per_slice=pairs_per_slice, rules=rules):
+        staged = patiently(partial(store.exists, staged_key(part.digest)))
+        yield {"slice": replace(part, pairs=(), staged=True) if staged else part}
 
 
-def find_noun(text: str) -> str:
-    """The class noun of a caption, as a whole word. Raises Dropped where there is none, or more than one."""
-    nouns = NOUN.findall(text)
-    if not nouns:
-        raise Dropped("no class noun", f"{text!r} names no subject of a known class")
-    if len(nouns) > 1:
-        raise Dropped("several subjects", f"{text!r} names {' and '.join(nouns)}")
-    return str(nouns[0])
+def _curate(
+    config: IngestConfig, units: Sequence[Unit], rules: str, output: ObjectStore
+) -> tuple[dict[str, list[str]], int]:
+    """Runs the pipeline; unit → its slices, and how many pairs were new. Notes each unit as it is done."""
+    slices: dict[str, dict[int, str]] = {}
+    lengths: dict[str, int] = {}
+    unsettled: set[str] = set()
+    processed = 0
+    for row in curated(config, units, rules, output).iter_rows() if units else ():
+        unit = row["unit"]
+        slices.setdefault(unit, {})[row["number"]] = row["digest"]
+        processed += row["pairs"]
+        if row["last"]:
+            lengths[unit] = row["number"] + 1
+        if not row["settled"]:
+            unsettled.add(unit)
+        if len(slices[unit]) == lengths.get(unit) and unit not in unsettled:
+            output.put(unit_key(unit), _json(_in_order(slices[unit])))
+    return {unit: _in_order(numbered) for unit, numbered in slices.items()}, processed
 
 
-def _curate(metadata: str, store: ObjectStore, config: IngestConfig) -> dict[str, Any]:
+def _write(config: IngestConfig, decisions: Decisions, output: ObjectStore, present: set[str]) -> list[dict[str, Any]]:
+    """Writes the shards that are missing; the manifest's entries of all of them, in the order of the source."""
+    base = Path(_base(config) or "")
+    extras = [config.actor_batch, *(folder_digest(base / part) for part in COMPUTING)] if config.precompute else []
+    drafts = list(decisions.drafts(digest_of(config.rows_per_group, extras)))
+    entries = {key: entry for key, entry in _known_entries(output).items() if key in present}
+    missing = [draft for draft in drafts if not draft.keys <= entries.keys()]
+    for row in written(config, missing, output).iter_rows() if missing else ():
+        entries |= {entry["key"]: entry for entry in json.loads(row["entries"])}
+    return [entries[key] for draft in drafts for key in sorted(draft.keys)]
+
+
+def _known_slices(output: ObjectStore, units: Iterable[str], present: set[str]) -> dict[str, list[str]]:
+    """The slices of those units that an earlier run read to their end, where they are all still there."""
+    wanted = [unit for unit in units if unit_key(unit) in present]
+    with ThreadPoolExecutor(READERS) as readers:
+        notes = readers.map(lambda unit: patiently(lambda: output.get(unit_key(unit))), wanted)
+        slices = {unit: json.loads(note) for unit, note in zip(wanted, notes, strict=True)}
+    return {unit: known for unit, known in slices.items() if all(staged_key(digest) in present for digest in known)}
+
+
+def _known_entries(output: ObjectStore) -> dict[str, dict[str, Any]]:
+    """The manifest's entries of an earlier run."""
     try:
-        pair = json.loads(metadata)
-        image_key, mask_key, text = pair["file_name"], pair["mask_file_name"], pair["text"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise Dropped("bad metadata", f"{type(error).__name__}: {error}") from error
-    noun = find_noun(str(text).strip())
-    data, mask_data = _read(store, image_key), _read(store, mask_key)
-    try:
-        image = decode_image(data, name=image_key)
-        mask = check_mask(decode_image(mask_data, name=mask_key), image, mask_key)
-    except ImageError as error:
-        raise Dropped("unusable image or mask", str(error)) from error
-    coverage = mask_coverage(mask)
-    if coverage < config.min_coverage:
-        raise Dropped("subject too small", f"covers {coverage:.1%}, at least {config.min_coverage:.0%} is needed")
-    if coverage > config.max_coverage:
-        raise Dropped("subject too large", f"covers {coverage:.1%}, at most {config.max_coverage:.0%} is used")
-    encoded = io.BytesIO()
-    mask.save(encoded, "PNG")
-    return {
-        "id": hashlib.sha256(data + b"\0" + text.encode()).hexdigest(),
-        "image": data,
-        "mask": encoded.getvalue(),
-        "caption": insert_field(text.strip(), noun),
-        "noun": noun,
-        "subject": class_of(noun),
-    }
+        return {entry["key"]: entry for entry in json.loads(output.get(MANIFEST))["files"]}
+    except MissingObjectError:
+        return {}
 
 
-def _read(store: ObjectStore, key: str) -> bytes:
-    try:
-        return store.get(key, max_bytes=MAX_FILE_BYTES)
-    except StorageError as error:
-        raise Dropped("unreadable file", str(error)) from error
+def _rules_digest(config: IngestConfig) -> str:
+    """Of all that decides what becomes of a pair before duplicates are looked for."""
+    segmenter = folder_digest(locate(config.segmenter)) if config.segmenter else None
+    batch = config.actor_batch if config.segmenter else None
+    tokenizer = folder_digest(Path(base) / "tokenizer") if (base := _base(config)) else None
+    sizes = (config.rows_per_shard, MAX_SLICE_BYTES)
+    return digest_of(VERSION, asdict(config.rules), asdict(config.columns), segmenter, batch, tokenizer, sizes)
 
 
-def _count(records: Iterator[dict[str, Any]]) -> tuple[IngestReport, list[dict[str, Any]]]:
-    dropped: Counter[str] = Counter()
-    subjects: Counter[str] = Counter()
-    shards: set[str] = set()
-    drops = []
-    for record in records:
-        if record["reason"]:
-            dropped[record["reason"]] += 1
-            drops.append({name: record[name] for name in ("line", "reason", "detail")})
-        else:
-            subjects[record["subject"]] += 1
-            shards.add(record["shard"])
-    kept = subjects.total()
-    report = IngestReport(
-        read=kept + dropped.total(),
-        kept=kept,
-        dropped=dict(dropped.most_common()),
-        subjects=dict(sorted(subjects.items())),
-        shards=sorted(shards),
-    )
-    return report, sorted(drops, key=lambda drop: drop["line"])
+def _base(config: IngestConfig) -> str | None:
+    """The base's folder. BaseModelError or WeightsError where there is none."""
+    if config.base is None:
+        return None
+    named = Path(config.base).is_dir() or "/" in config.base
+    return str(locate(config.base if named else preset(config.base).base))
+
+
+def _placed(config: IngestConfig) -> dict[str, Any]:
+    return {"batch_size": config.actor_batch, "device": "cuda" if config.gpus_per_actor else "cpu"}
+
+
+def _is_within(inner: str, outer: str) -> bool:
+    one, other = open_store(inner), open_store(outer)
+    if isinstance(one, FileStore) and isinstance(other, FileStore):
+        return one.root.is_relative_to(other.root)
+    if isinstance(one, S3Store) and isinstance(other, S3Store):
+        return one.bucket == other.bucket and f"{one.prefix}/".startswith(f"{other.prefix}/".lstrip("/"))
+    return False
+
+
+def _in_order(numbered: dict[int, str]) -> list[str]:
+    return [numbered[number] for number in sorted(numbered)]
+
+
+def _json(value: object) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
