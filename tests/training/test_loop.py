@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -28,40 +31,52 @@ def fit(folder: Path, config: LoopConfig, *, noise: float = 1.0) -> tuple[list[f
     return losses, module.weight.detach().clone()
 
 
+@pytest.fixture(scope="module")
+def elsewhere() -> Iterator[ProcessPoolExecutor]:
+    """A process without Ray, whose threads do not survive the fork that several training processes come from."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        yield pool
+
+
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_run_in_two_pieces_equals_one_without_a_break(tmp_path: Path, processes: int) -> None:
+def test_a_run_in_two_pieces_equals_one_without_a_break(
+    tmp_path: Path, processes: int, elsewhere: ProcessPoolExecutor
+) -> None:
     config = replace(CONFIG, processes=processes)
-    whole, weight = fit(tmp_path / "whole", config)
-    fit(tmp_path / "pieces", replace(config, steps=4, decay_steps=0))
-    again, resumed = fit(tmp_path / "pieces", config)
+    whole, weight = elsewhere.submit(fit, tmp_path / "whole", config).result()
+    elsewhere.submit(fit, tmp_path / "pieces", replace(config, steps=4, decay_steps=0)).result()
+    again, resumed = elsewhere.submit(fit, tmp_path / "pieces", config).result()
     assert len(whole) == len(again) == 12
     assert torch.equal(weight, resumed)
     assert whole[4:] == again[4:]
     assert whole[-1] < whole[0]
 
 
-def test_processes_share_a_batch(tmp_path: Path) -> None:
+def test_processes_share_a_batch(tmp_path: Path, elsewhere: ProcessPoolExecutor) -> None:
+    halved = replace(CONFIG, processes=2)
     alone, weight = fit(tmp_path / "alone", CONFIG, noise=0.0)
-    shared, same = fit(tmp_path / "shared", replace(CONFIG, processes=2), noise=0.0)
+    shared, same = elsewhere.submit(fit, tmp_path / "shared", halved, noise=0.0).result()
     torch.testing.assert_close(weight, same)
     assert alone == pytest.approx(shared)
     drawn, _ = fit(tmp_path / "drawn", CONFIG)
-    halves, _ = fit(tmp_path / "halves", replace(CONFIG, processes=2))
+    halves, _ = elsewhere.submit(fit, tmp_path / "halves", halved).result()
     assert drawn != halves, "each process must draw examples of its own"
 
 
-def test_a_process_that_fails_ends_the_training(tmp_path: Path) -> None:
+def fit_with_a_helper_that_fails(folder: Path) -> None:
     module = nn.Linear(2, 1)
-    parent = torch.get_num_threads()
 
     def loss(examples: int, generator: Generator) -> Tensor:
         if generator.initial_seed() >= 1_000 * 1_000_003:
             raise MemoryError
         return module(torch.ones(examples, 2)).mean()
 
+    train("line", module, loss, replace(CONFIG, processes=2), folder=folder, device=torch.device("cpu"))
+
+
+def test_a_process_that_fails_ends_the_training(tmp_path: Path, elsewhere: ProcessPoolExecutor) -> None:
     with pytest.raises(RuntimeError, match="ended early"):
-        train("line", module, loss, replace(CONFIG, processes=2), folder=tmp_path, device=torch.device("cpu"))
-    assert torch.get_num_threads() == parent
+        elsewhere.submit(fit_with_a_helper_that_fails, tmp_path).result()
 
 
 def test_processes_that_do_not_divide_a_batch_are_refused() -> None:

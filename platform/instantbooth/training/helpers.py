@@ -17,7 +17,7 @@ class Helpers:
 
     Measured on two cores with the miniature's U-Net in bfloat16: two threads on 32 rows compute 44 rows a second, two
     processes on 16 rows each 68. Forked, they share the data; the parameters move to shared memory, so that what the
-    optimizer writes is what they read.
+    optimizer writes is what they read. Not for a process that runs Ray or gRPC: their threads do not survive a fork.
     """
 
     def __init__(self, count: int, parameters: Sequence[nn.Parameter], gradient: Callable[[int, int], float]) -> None:
