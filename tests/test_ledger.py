@@ -19,7 +19,7 @@ from instantbooth.ledger import RECORDS, Ledger, Record, work_id
 from instantbooth.storage import FileStore
 
 INTERLEAVINGS = int(os.environ.get("LEDGER_INTERLEAVINGS", "200"))
-ITEMS = 3
+ITEMS = 2
 FAULTS = ["none", "none", "refused", "applied then dropped"]
 
 
@@ -168,9 +168,15 @@ def check(store: Memory, answers: list[tuple[str, Record | None]]) -> None:
         assert answer == records[f"{RECORDS}/{work[:2]}/{work}.json"]
 
 
-def drive(ledger: type[Ledger], interleavings: int) -> None:
+def drive(ledger: type[Ledger], interleavings: int, *, derandomize: bool = False) -> None:
     machine = type("Machine", (Attempts,), {"ledger_class": ledger})
-    chosen = settings(max_examples=interleavings, stateful_step_count=30, phases=[Phase.generate], database=None)
+    chosen = settings(
+        max_examples=interleavings,
+        stateful_step_count=30,
+        phases=[Phase.generate],
+        database=None,
+        derandomize=derandomize,
+    )
     run_state_machine_as_test(machine, settings=chosen)
 
 
@@ -181,7 +187,7 @@ def test_every_item_is_committed_once_whatever_happens() -> None:
 @pytest.mark.parametrize("defect", [Unconditional, RetryIsALoss, ListsInsteadOfReading])
 def test_the_check_notices_a_broken_protocol(defect: type[Ledger]) -> None:
     with pytest.raises((AssertionError, StorageError)):
-        drive(defect, 500)
+        drive(defect, 500, derandomize=True)
 
 
 def test_a_store_without_conditional_writes_is_found_out(tmp_path: Path) -> None:

@@ -350,6 +350,7 @@ def test_a_file_that_was_missing_is_tried_again(good: list[Raw], tmp_path: Path)
     assert (after.kept, after.read) == (before.kept + 1, before.read)
 
 
+@pytest.mark.full
 def test_the_job_gives_the_same_shards_from_s3_as_from_a_folder(
     good: list[Raw], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_session: None
 ) -> None:
