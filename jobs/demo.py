@@ -179,8 +179,13 @@ def _submit(client: JobSubmissionClient, arguments: list[str], patience_s: float
                 entrypoint=f"exec {shlex.join([sys.executable, *arguments])}", runtime_env={"env_vars": import_path()}
             )
         except RuntimeError as error:
-            if "No available agent" not in str(error) or time.monotonic() > deadline:
+            if "No available agent" not in str(error):
                 raise
+            if time.monotonic() > deadline:
+                raise InstantBoothError(
+                    "Ray has no agent for jobs, whose port 52365 another Ray on this machine may hold; end that one "
+                    "(`ray stop`), then run this again"
+                ) from error
         time.sleep(1)
 
 
