@@ -1,0 +1,127 @@
+"""One U-Net step of guided requests: bare, with adapters on saved keys and values, with the equation computed anew."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from instantbooth import Concept, Personalizer
+from instantbooth.model.adapter import GatedAdapter, References, adapter_kwargs, attach
+from instantbooth.model.conditioning import batch_references, concept_keys_values
+from jobs import cli
+from jobs.benchmarks.timing import machine, measure
+
+SD15_TOKENS = 257
+REFERENCE_COUNTS = (1, 3, 5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterBenchmark:
+    """What the adapters add to a U-Net step."""
+
+    full_size: bool = False
+    """Stable Diffusion 1.5's shapes at 512 pixels with random weights, instead of the miniature."""
+    requests: int = 4
+    """Requests in the step; each costs two rows, one of them unconditional."""
+    repeats: int = 15
+    """Runs of each variant, after one to warm up."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class WrittenOut(nn.Module):
+    """An adapter that computes the paper's equation anew at every step, for the rows that have references."""
+
+    def __init__(self, adapter: GatedAdapter) -> None:
+        super().__init__()
+        self.adapter = adapter
+
+    def forward(self, hidden_states: Tensor, references: References) -> Tensor:
+        """As GatedAdapter.forward, from patch features."""
+        covered = len(references.scale)
+        features = references.patch_features
+        assert features is not None
+        updated = self.adapter.equation(hidden_states[:covered], features, references.scale)
+        return torch.cat([updated, hidden_states[covered:]])
+
+
+def adapter(options: cli.Flat[AdapterBenchmark]) -> None:
+    """Prints the ratios and the medians behind them as JSON."""
+    device = torch.device(options.device)
+    unet, tokens = (_full_size_unet(device), SD15_TOKENS) if options.full_size else _miniature_unet(device)
+    width = int(unet.config.cross_attention_dim)
+    adapters = attach(unet, width).requires_grad_(False)
+    side, channels = int(unet.config.sample_size), int(unet.config.in_channels)
+    rows = 2 * options.requests
+    sample = torch.randn(rows, channels, side, side, device=device)
+    text = torch.randn(rows, 77, width, device=device)
+    timesteps = torch.full((rows,), 500, device=device)
+
+    def step(kwargs: dict[str, object] | None) -> Callable[[], None]:
+        return lambda: unet(sample, timesteps, text, cross_attention_kwargs=kwargs)
+
+    variants: dict[str, Callable[[], None]] = {"bare": step(None)}
+    for count in REFERENCE_COUNTS:
+        features = torch.randn(options.requests, count * tokens, width, device=device)
+        scale = torch.ones(options.requests, 1, 1, device=device)
+        concepts = [concept_keys_values(adapters, _concept(each)) for each in features]
+        saved = step(adapter_kwargs(batch_references(concepts, scale)))
+        variants[f"saved_{count}"] = _with_fusers(unet, adapters, saved, written_out=False)
+        anew = step(adapter_kwargs(References(scale=scale, patch_features=features)))
+        variants[f"equation_{count}"] = _with_fusers(unet, adapters, anew, written_out=True)
+    medians = measure(variants, options.repeats, device)
+    print(json.dumps(_result(options, medians), indent=2))
+
+
+def _result(options: AdapterBenchmark, medians: dict[str, float]) -> dict[str, object]:
+    return {
+        "model": "Stable Diffusion 1.5 shapes at 512" if options.full_size else "miniature",
+        "machine": machine(options.device),
+        "requests": options.requests,
+        "saved_over_bare": {n: round(medians[f"saved_{n}"] / medians["bare"], 3) for n in REFERENCE_COUNTS},
+        "saved_over_equation": {
+            n: round(medians[f"saved_{n}"] / medians[f"equation_{n}"], 3) for n in REFERENCE_COUNTS
+        },
+        "median_milliseconds": {name: round(1000 * value, 1) for name, value in medians.items()},
+    }
+
+
+def _with_fusers(
+    unet: UNet2DConditionModel, adapters: nn.ModuleDict, variant: Callable[[], None], *, written_out: bool
+) -> Callable[[], None]:
+    blocks = {
+        block.fuser.layer: block for block in unet.modules() if isinstance(getattr(block, "fuser", None), GatedAdapter)
+    }
+    fusers = {layer: WrittenOut(adapter) if written_out else adapter for layer, adapter in adapters.items()}
+
+    def prepared() -> None:
+        for layer, block in blocks.items():
+            block.fuser = fusers[layer]
+        variant()
+
+    return prepared
+
+
+def _concept(patch_features: Tensor) -> Concept:
+    return Concept(
+        concept_embedding=patch_features[:1],
+        patch_features=patch_features,
+        class_noun="person",
+        encoder_digest="",
+        image_digests=("",),
+        created="",
+    )
+
+
+def _miniature_unet(device: torch.device) -> tuple[UNet2DConditionModel, int]:
+    booth = Personalizer.from_pretrained("miniature", device=device)
+    return booth.base.unet, booth.image_encoder.num_tokens
+
+
+def _full_size_unet(device: torch.device) -> UNet2DConditionModel:
+    torch.manual_seed(0)
+    return UNet2DConditionModel(sample_size=64, cross_attention_dim=768).eval().to(device)

@@ -1,0 +1,46 @@
+"""Timing: variants take turns, warm, and the median of each counts."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from rich.progress import track
+
+
+@torch.inference_mode()
+def measure(variants: dict[str, Callable[[], None]], repeats: int, device: torch.device) -> dict[str, float]:
+    """Median seconds of each variant; the variants take turns, so that a busy moment meets them all."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for repeat in track(range(repeats + 1), "measuring"):
+        for name, variant in variants.items():
+            _wait(device)
+            started = time.perf_counter()
+            variant()
+            _wait(device)
+            if repeat:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(each) for name, each in seconds.items()}
+
+
+def machine(device: str) -> str:
+    """The machine, as every result names it."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"{_processor()}, {torch.get_num_threads()} threads"
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
