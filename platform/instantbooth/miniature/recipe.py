@@ -1,6 +1,6 @@
 """The miniature world from nothing: every model in it, stage by stage, each checkpointed and resumed.
 
-corpora → vae → segmenter, clip, judges → diffusion → adapters → scales
+corpora → vae → segmenter, clip, judges → diffusion → adapters → refinement → scales
 """
 
 from __future__ import annotations
@@ -61,6 +61,8 @@ class Recipe:
         processes=2,
     )
     adapters: AdapterTrainingConfig = AdapterTrainingConfig(steps=3500)
+    refinement: AdapterTrainingConfig = AdapterTrainingConfig(steps=4500, seed=1)
+    """A second round from the averaged weights of the first: a fresh optimizer, the learning rate up and down again."""
     defaults: GenerationDefaults = GenerationDefaults(
         adapter_scale=1.0, concept_scale=1.0, guidance_scale=3.0, num_inference_steps=25
     )
@@ -230,17 +232,30 @@ def _build_adapters(shop: Workshop) -> dict[str, float]:
         defaults=shop.recipe.defaults,
         device=shop.device,
     )
-    losses = train_adapters(booth, shop.corpus(), shop.latents(), shop.recipe.adapters, folder=shop.checkpoints)
+    return _train_adapters(shop, booth, "adapters", shop.recipe.adapters)
+
+
+def _refine_adapters(shop: Workshop) -> dict[str, float]:
+    return _train_adapters(shop, _trained_booth(shop), "refinement", shop.recipe.refinement)
+
+
+def _train_adapters(shop: Workshop, booth: Personalizer, name: str, config: AdapterTrainingConfig) -> dict[str, float]:
+    losses = train_adapters(name, booth, shop.corpus(), shop.latents(), config, folder=shop.checkpoints)
     booth.save_weights(shop.models / "adapters")
     return {"loss": sum(losses[-200:]) / len(losses[-200:])}
 
 
-def _choose_scales(shop: Workshop) -> dict[str, float]:
+def _trained_booth(shop: Workshop) -> Personalizer:
     preset = miniature_preset(shop.models)
     booth = Personalizer.from_pretrained(
         preset.base, weights=preset.weights, image_encoder=preset.image_encoder, device=shop.device
     )
     booth.defaults = shop.recipe.defaults
+    return booth
+
+
+def _choose_scales(shop: Workshop) -> dict[str, float]:
+    booth = _trained_booth(shop)
     exam = Examination(booth, shop.models / "judges", draw_subjects("validation", shop.recipe.validation_subjects))
     chosen = choose_scales(exam, report=lambda row: print(json.dumps(row)))
     booth.defaults = replace(
@@ -257,14 +272,18 @@ STAGES: dict[str, Stage] = {
     "judges": _build_judges,
     "diffusion": _build_diffusion,
     "adapters": _build_adapters,
+    "refinement": _refine_adapters,
     "scales": _choose_scales,
 }
 
 
 def train_adapters(
-    booth: Personalizer, corpus: Corpus, latents: Tensor, config: AdapterTrainingConfig, *, folder: Path
+    name: str, booth: Personalizer, corpus: Corpus, latents: Tensor, config: AdapterTrainingConfig, *, folder: Path
 ) -> list[float]:
-    """The method's training on one machine, from rendered pairs and their latents; leaves the averaged weights."""
+    """The method's training on one machine, from rendered pairs and their latents; leaves the averaged weights.
+
+    `name` is the checkpoint's, in `folder`.
+    """
     objective = AdapterObjective(booth, config)
     images, masks = torch.from_numpy(corpus.images), torch.from_numpy(corpus.masks)
     pairs = list(zip(corpus.captions, corpus.nouns, strict=True))
@@ -298,7 +317,7 @@ def train_adapters(
         clip_norm=config.clip_norm,
         seed=config.seed,
     )
-    losses = train("adapters", objective, loss, loop, folder=folder, device=booth.base.device)
+    losses = train(name, objective, loss, loop, folder=folder, device=booth.base.device)
     booth.trained.requires_grad_(False).eval()
     return losses
 
