@@ -77,12 +77,12 @@ class PersonalizeReport:
     images_per_second: float = 0.0
     """Of that run."""
     stage_seconds: dict[str, float] = field(default_factory=dict)
-    """Stage → busy time behind the pictures that count, of all actors and tasks together."""
+    """Stage → time behind the pictures that count, of all actors and tasks together."""
     gpus: dict[str, float] = field(default_factory=dict)
     """Pool → GPUs of one of its actors; 1 where they compute on CPUs."""
     cost_per_gpu_hour: float | None = None
     stage_cost: dict[str, float] | None = None
-    """Stage → price of its busy time; None without a price."""
+    """Stage → price of its time; None without a price."""
 
     def as_json(self) -> bytes:
         """For report.json."""
