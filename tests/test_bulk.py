@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from instantbooth.errors import ParameterError
+from instantbooth.errors import ConditionalWriteError, ParameterError
+from instantbooth.storage import FileStore
+from jobs.benchmarks.million import MillionEstimate, page
 from jobs.bulk import _event_log, _events
 from pipelines.outcome import Outcome
-from pipelines.personalize import PersonalizeConfig, Pool, Tally, _bound
+from pipelines.personalize import PersonalizeConfig, Pool, Tally, _bound, _check_store
 
 
 def test_every_failure_is_an_event_and_progress_adds_up(tmp_path: Path) -> None:
@@ -35,6 +37,27 @@ def test_every_failure_is_an_event_and_progress_adds_up(tmp_path: Path) -> None:
 
 def test_failures_are_bounded_by_number_or_by_share() -> None:
     assert (_bound(0, 200), _bound(3, 200), _bound(0.05, 200)) == (0, 3, 10)
+
+
+def test_a_store_without_conditional_writes_is_refused_or_used_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Careless(FileStore):
+        def put_if_absent(self, key: str, data: bytes) -> bool:
+            self.put(key, data)
+            return True
+
+    with pytest.raises(ConditionalWriteError, match="--allow-unconditional"):
+        _check_store(Careless(tmp_path), allow_unconditional=False)
+    assert not caplog.records
+    assert _check_store(Careless(tmp_path), allow_unconditional=True) is False
+    assert "NOT EXACTLY ONCE" in caplog.text
+    assert _check_store(FileStore(tmp_path / "good"), allow_unconditional=True) is True
+
+
+def test_the_page_on_a_million_identities_is_what_the_command_prints() -> None:
+    root = Path(__file__).parent.parent
+    assert (root / "infra" / "million.md").read_text() == page(MillionEstimate())
 
 
 def test_options_that_cannot_work_are_refused() -> None:

@@ -232,6 +232,17 @@ def test_a_job_that_goes_wrong_stops_and_goes_on_when_run_again(project: Project
     assert (again.rows, again.failed, again.images) == (3, 2, len(rows[0].prompts))
 
 
+def test_gpus_that_the_cluster_lacks_are_refused_at_once(project: Project) -> None:
+    config = PersonalizeConfig(
+        manifest=f"{project.folder}/orders/manifest.jsonl",
+        output=f"{project.folder}/none",
+        model=project.model,
+        diffusion=Pool(gpus=0.5),
+    )
+    with pytest.raises(ParameterError, match=r"start with 0.5 GPU, the cluster has 0"):
+        personalize(config)
+
+
 def test_a_malformed_manifest_is_refused_whole_with_every_fault(project: Project) -> None:
     project.store.put("malformed.jsonl", b'{"id": "a/b"}\n{"id": 3}\n')
     with pytest.raises(ManifestError, match=r"(?s)line 1: .*line 2: "):
