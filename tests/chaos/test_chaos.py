@@ -142,7 +142,8 @@ def calm(arena: Arena) -> Output:
     """The output of an undisturbed run."""
     started = time.monotonic()
     assert arena.start("calm").wait(ATTEMPT_S) == 0, arena.log("calm")
-    print(f"\nundisturbed: {ITEMS} items in {time.monotonic() - started:.0f} s")
+    seconds = time.monotonic() - started
+    print(f"\nundisturbed: {ITEMS} items in {seconds:.0f} s, storage calls {dict(arena.proxy.calls)}")
     return arena.output("calm")
 
 
