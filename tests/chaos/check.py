@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
 
@@ -25,7 +26,8 @@ class Output:
     def read(cls, store: ObjectStore) -> Output:
         """The whole output, concepts apart."""
         keys = [key for key in store.list() if not key.startswith("concepts/")]
-        return cls(objects={key: store.get(key) for key in keys})
+        with ThreadPoolExecutor(16) as readers:
+            return cls(objects=dict(zip(keys, readers.map(store.get, keys), strict=True)))
 
     def lines(self, name: str) -> list[dict[str, object]]:
         """The rows of a JSON Lines file."""
