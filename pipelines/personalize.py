@@ -165,31 +165,16 @@ def personalize(config: PersonalizeConfig, on_row: OnRow = lambda tally, outcome
     chunks, tally = _plan(config, manifest, model, ledger)
     if chunks:
         _check_cluster(config)
-        stages = StageConfig(
-            output=config.output,
-            model=config.model,
-            identity=model,
-            concepts=config.concepts,
-            conditional=conditional,
-            row_budget=config.row_budget,
-            exact=config.exact,
-        )
-        _generate(config, stages, chunks, tally, on_row)
-    made, seconds = tally.made, time.perf_counter() - started
-    return write_outcome(
-        store,
-        ledger,
-        manifest.rows,
-        model,
-        PersonalizeReport(
-            job=job,
-            made=made,
-            seconds=round(seconds, 1),
-            exactly_once=conditional,
-            cost_per_gpu_hour=config.cost_per_gpu_hour,
-            gpus={"encode": config.concept.gpus or 1.0, "denoise": config.diffusion.gpus or 1.0},
-        ),
+        _generate(config, _stages(config, model, conditional=conditional), chunks, tally, on_row)
+    run = PersonalizeReport(
+        job=job,
+        made=tally.made,
+        seconds=round(time.perf_counter() - started, 1),
+        exactly_once=conditional,
+        cost_per_gpu_hour=config.cost_per_gpu_hour,
+        gpus={"encode": config.concept.gpus or 1.0, "denoise": config.diffusion.gpus or 1.0},
     )
+    return write_outcome(store, ledger, manifest.rows, model, run)
 
 
 class Manifest:
@@ -271,6 +256,18 @@ def _plan(
     if faults:
         raise ManifestError("\n".join(faults))
     return chunks, tally
+
+
+def _stages(config: PersonalizeConfig, model: ModelIdentity, *, conditional: bool) -> StageConfig:
+    return StageConfig(
+        output=config.output,
+        model=config.model,
+        identity=model,
+        concepts=config.concepts,
+        conditional=conditional,
+        row_budget=config.row_budget,
+        exact=config.exact,
+    )
 
 
 def _generate(config: PersonalizeConfig, stages: StageConfig, chunks: list[bytes], tally: Tally, on_row: OnRow) -> None:

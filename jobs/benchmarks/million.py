@@ -47,64 +47,106 @@ class MillionEstimate:
     record_reads_per_second: float = 1600.0
     """That the driver makes at the end: 16 at once, 10 ms each. Assumed."""
 
+    @property
+    def pictures(self) -> int:
+        """All of them."""
+        return self.identities * self.prompts
+
+    @property
+    def denoise_tflop(self) -> float:
+        """Of one guided picture."""
+        return 2 * self.steps * self.unet_tflop
+
+    @property
+    def encode_all_tflop(self) -> float:
+        """Every reference once."""
+        return self.identities * self.references * self.encode_tflop
+
+    @property
+    def tflop(self) -> float:
+        """The whole job."""
+        return self.pictures * (self.denoise_tflop + self.decode_tflop) + self.encode_all_tflop
+
+    @property
+    def gpu_hours(self) -> float:
+        """On all GPUs together."""
+        return self.tflop / (self.peak_tflops * self.share_of_peak) / 3600
+
+    @property
+    def writes(self) -> int:
+        """A picture and a record for each picture, a concept for each identity."""
+        return 2 * self.pictures + self.identities
+
+    @property
+    def reads(self) -> int:
+        """References, a look for each concept, each record once at the end."""
+        return self.pictures + self.identities * (1 + self.references)
+
+    @property
+    def storage_cost(self) -> float:
+        """Of the calls."""
+        return (self.writes * self.cost_per_million_writes + self.reads * self.cost_per_million_reads) / 1e6
+
+    @property
+    def driver_s(self) -> tuple[float, float]:
+        """Seconds before the first picture, and after the last."""
+        return self.identities / self.rows_per_second, self.pictures / self.record_reads_per_second
+
 
 def million(options: cli.Flat[MillionEstimate]) -> None:
     """Prints the page as Markdown."""
     print(page(options), end="")
 
 
-def page(options: MillionEstimate) -> str:
+def page(given: MillionEstimate) -> str:
     """The page: what goes in, what comes out, and where it would be tight."""
-    pictures = options.identities * options.prompts
-    denoise = 2 * options.steps * options.unet_tflop
-    tflop = pictures * (denoise + options.decode_tflop) + options.identities * options.references * options.encode_tflop
-    gpu_hours = tflop / (options.peak_tflops * options.share_of_peak) / 3600
-    writes = 2 * pictures + options.identities
-    reads = pictures + options.identities * (1 + options.references)
-    lists = pictures // 1000
-    storage = (writes + lists) / 1e6 * options.cost_per_million_writes + reads / 1e6 * options.cost_per_million_reads
-    hours = gpu_hours / options.gpus
-    plan_s, tell_s = options.identities / options.rows_per_second, pictures / options.record_reads_per_second
-    again = options.identities * (options.prompts - 1) * options.references * options.encode_tflop
-    rows = {
-        "pictures": f"{pictures:,}",
-        "arithmetic": f"{tflop / 1e6:,.0f} EFLOP, {100 * pictures * denoise / tflop:.0f} % of it the U-Net",
-        "GPU hours": f"{gpu_hours:,.0f}",
-        "GPU cost": f"{gpu_hours * options.cost_per_gpu_hour:,.0f}",
-        f"time on {options.gpus} GPUs": f"{hours:,.1f} h",
-        "storage writes": f"{writes:,}: a picture and a record for each picture, a concept for each identity",
-        "storage reads": f"{reads:,}: references, a look for each concept, each record once at the end",
-        "storage lists": f"{lists:,} pages of records at the start of a run over a full output",
-        "cost of storage calls": f"{storage:,.0f}",
-        "calls a second": f"{(writes + reads) / (hours * 3600):,.0f}",
-        "stored": f"{pictures * options.picture_bytes / 1e12:.1f} TB of pictures, "
-        f"{options.identities * options.references * options.concept_bytes / 1e12:.1f} TB of concepts",
-        "the driver": f"plans for {plan_s / 60:.0f} min, reads records for {tell_s / 60:.0f} min at the end, "
-        f"and holds {options.identities * options.driver_bytes_per_row / 1e6:,.0f} MB beside its 600 MB",
-        "encoding once saves": f"{100 * again / (tflop + again):.1f} % of the arithmetic against once for each picture",
-    }
-    given = vars(options)
+    storage = 100 * given.storage_cost / (given.gpu_hours * given.cost_per_gpu_hour)
+    driver = 100 * sum(given.driver_s) / (given.gpu_hours / given.gpus * 3600)
     lines = [
         "# A million identities",
         "",
-        "What `python -m jobs.benchmark million` prints; every figure below the first table follows from those in it.",
+        "What `python -m jobs.benchmark million` prints; all else follows from the first table.",
         "",
         "| given | value | where it comes from |",
         "| --- | ---: | --- |",
-        *(f"| {name} | {given[name]:,} | {source} |" for name, source in SOURCES.items()),
+        *(f"| {name} | {getattr(given, name):,} | {source} |" for name, source in SOURCES.items()),
         "",
         "| follows | |",
         "| --- | --- |",
-        *(f"| {name} | {value} |" for name, value in rows.items()),
+        *(f"| {name} | {value} |" for name, value in _follows(given).items()),
         "",
-        "**The bottleneck** is the U-Net. Storage comes far behind: its calls cost "
-        f"{100 * storage / (gpu_hours * options.cost_per_gpu_hour):.0f} % of the GPUs, and their rate is spread over "
-        "256 prefixes of records. What does not scale with the GPUs is the driver, which plans before the first "
-        "picture and reads every record after the last: "
-        f"{100 * (plan_s + tell_s) / (hours * 3600):.0f} % of the time on "
-        f"{options.gpus} GPUs. Beyond that, split the manifest and run one job for each part, into one output each.",
+        f"**The bottleneck** is the U-Net. Storage comes far behind: its calls cost {storage:.0f} % of what GPUs do,",
+        "and their rate is spread over 256 prefixes of records. What does not scale with the GPUs is the driver, which",
+        f"plans before the first picture and reads every record after the last: {driver:.0f} % of the time on "
+        f"{given.gpus} GPUs.",
+        "Beyond that, split the manifest and run a job for each part, into an output of its own.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _follows(given: MillionEstimate) -> dict[str, str]:
+    hours = given.gpu_hours / given.gpus
+    plan_s, tell_s = given.driver_s
+    unet = 100 * given.pictures * given.denoise_tflop / given.tflop
+    again = (given.prompts - 1) * given.encode_all_tflop
+    pictures_tb = given.pictures * given.picture_bytes / 1e12
+    concepts_tb = given.identities * given.references * given.concept_bytes / 1e12
+    return {
+        "pictures": f"{given.pictures:,}",
+        "arithmetic": f"{given.tflop / 1e6:,.0f} EFLOP, {unet:.0f} % of it the U-Net",
+        "GPU hours": f"{given.gpu_hours:,.0f}",
+        "GPU cost": f"{given.gpu_hours * given.cost_per_gpu_hour:,.0f}",
+        f"time on {given.gpus} GPUs": f"{hours:,.1f} h",
+        "storage writes": f"{given.writes:,}: a picture and a record for each picture, a concept for each identity",
+        "storage reads": f"{given.reads:,}: references, a look for each concept, each record once at the end",
+        "storage lists": f"{given.pictures // 1000:,} pages of records where the output is full already",
+        "cost of storage calls": f"{given.storage_cost:,.0f}",
+        "calls a second": f"{(given.writes + given.reads) / (hours * 3600):,.0f}",
+        "stored": f"{pictures_tb:.1f} TB of pictures, {concepts_tb:.1f} TB of concepts",
+        "the driver": f"plans for {plan_s / 60:.0f} min, reads records for {tell_s / 60:.0f} min at the end, and holds "
+        f"{given.identities * given.driver_bytes_per_row / 1e6:,.0f} MB beside its 600 MB",
+        "encoding once saves": f"{100 * again / (given.tflop + again):.1f} % of the arithmetic",
+    }
 
 
 SOURCES = {
