@@ -5,7 +5,7 @@ BIN := .venv/bin
 export DIFFUSERS_DISABLE_REMOTE_CODE := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: demo test test-full lint bench clean
+.PHONY: demo test test-full test-chaos lint bench clean
 
 # exec leaves no shell between make and Python: Ctrl-C reaches the driver, which takes its Ray processes down with it.
 demo: .venv/installed
@@ -16,6 +16,10 @@ test: .venv/installed
 
 test-full: .venv/installed
 	$(BIN)/pytest -q --durations=10 -m full
+
+# Bring an S3 server: AWS_ENDPOINT_URL and its AWS_* credentials. Without one the tests are skipped.
+test-chaos: .venv/installed
+	$(BIN)/pytest -q -s -rs -m chaos tests/chaos
 
 lint: .venv/installed
 	$(BIN)/ruff check

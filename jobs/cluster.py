@@ -31,7 +31,9 @@ def ray_cluster() -> Iterator[None]:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(logging_level=logging.ERROR)
     else:
+        # Another Ray on this machine, or one that was killed here, would be connected to otherwise.
         ray.init(
+            address="local",
             num_cpus=max(MIN_LOGICAL_CPUS, os.cpu_count() or 1),
             object_store_memory=OBJECT_STORE_BYTES,
             _node_ip_address="127.0.0.1",

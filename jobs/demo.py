@@ -156,7 +156,7 @@ def run_ray_job(arguments: list[str]) -> None:
     Raises InstantBoothError with the end of the job's log where it fails.
     """
     client = JobSubmissionClient(ray.get_runtime_context().gcs_address)
-    job = _submit(client, arguments, patience_s=60)
+    job = submit(client, arguments, patience_s=60)
     try:
         status = _wait(client, job, seconds=math.inf)
     except BaseException:
@@ -169,7 +169,7 @@ def run_ray_job(arguments: list[str]) -> None:
         raise InstantBoothError("\n".join([f"the Ray job {job} {status.value.lower()}; its log ends:", *log[-20:]]))
 
 
-def _submit(client: JobSubmissionClient, arguments: list[str], patience_s: float) -> str:
+def submit(client: JobSubmissionClient, arguments: list[str], patience_s: float) -> str:
     """The id of the job, once the cluster takes one: just started on a busy machine, it has no agent for jobs yet."""
     deadline = time.monotonic() + patience_s
     while True:

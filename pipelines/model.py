@@ -23,6 +23,8 @@ class ModelConfig:
     """Preset, or folder of a Stable Diffusion model."""
     image_encoder: str | None = None
     """CLIP folder; the preset's, or the base folder's image_encoder/, if none is given."""
+    segmenter: str | None = None
+    """Folder of a segmentation model, for references without mask and alpha channel; the preset's if none is given."""
     weights: str | None = None
     """Weights folder, or a registered one such as models:/instantbooth@candidate; the preset's if none is given."""
     tracking_uri: str = "sqlite:///mlflow.db"
@@ -32,13 +34,15 @@ class ModelConfig:
         """What of the model determines pictures, without loading it. WeightsError where the weights are missing."""
         with self._folder() as folder:
             weights = tensors_digest(read_tensors(folder or Path(preset(self.base).weights or "")))
-        return ModelIdentity(base=self.base, image_encoder=self.image_encoder, weights=weights)
+        return ModelIdentity(
+            base=self.base, image_encoder=self.image_encoder, weights=weights, segmenter=self.segmenter
+        )
 
     def load(self, *, device: str) -> Personalizer:
         """The model on a device. Raises WeightsError or BaseModelError where a part is missing or does not fit."""
         with self._folder() as weights:
             return Personalizer.from_pretrained(
-                self.base, image_encoder=self.image_encoder, weights=weights, device=device
+                self.base, image_encoder=self.image_encoder, segmenter=self.segmenter, weights=weights, device=device
             )
 
     @contextmanager

@@ -1,47 +1,135 @@
-"""What a run leaves at the end: a line for each row, a report, and a mark that it is whole. Read from records alone."""
+"""What a run leaves at the end: a line for each row, reports, and a mark that it is whole. Read from records alone."""
 
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Iterable, Iterator
+import random
+import tempfile
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from operator import itemgetter
+from typing import IO, Any
 
-from instantbooth.errors import MissingObjectError, StorageError
+from instantbooth.errors import InstantBoothError, MissingObjectError, StorageError
+from instantbooth.images import decode_image
 from instantbooth.ledger import Ledger, Record
 from instantbooth.manifest import ManifestRow
-from instantbooth.storage import ObjectStore
+from instantbooth.storage import ObjectStore, patiently, read_uri
+from pipelines.page import render, thumbnail_uri
 from pipelines.plan import ModelIdentity, Piece, pieces
 
 SUCCEEDED = "succeeded.jsonl"
 FAILED = "failed.jsonl"
 REPORT = "report.json"
+PAGE = "report.html"
 SUCCESS = "_SUCCESS.json"
+STAGES = ("fetch", "encode", "denoise", "decode", "pack")
+"""Fetching and encoding count once for a row, the others for every picture; packing is encoding a file."""
+PAID_BY = {"encode": "encode", "denoise": "denoise", "decode": "denoise"}
+"""Stages that hold a GPU, and whose pool's."""
+SAMPLE = 12
+"""Rows on the page's contact sheet."""
+SAMPLE_PICTURES = 6
+"""Pictures of each of them."""
+EXAMPLES = 20
+"""Failed rows on the page."""
+THUMBNAIL = 160
+
+Made = list[tuple[Piece, Record]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of a row in this run, by its pictures."""
+
+    id: str
+    succeeded: int
+    failed: int
+    open: int
+    """Pictures whose record could not be written."""
+    code: str = ""
+    """The first failure."""
+    error: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PersonalizeReport:
-    """Counts of a job, over all its runs."""
+    """Counts of a job, over all its runs where nothing else is said."""
 
-    rows: int
-    images: int
-    failed: int
+    job: str
+    """Digest of the manifest, the model and the form of the pictures."""
+    rows: int = 0
+    images: int = 0
+    failed: int = 0
     """Rows that lack at least one picture."""
     failures: dict[str, int] = field(default_factory=dict)
     """Pictures that could not be made, by code."""
     weights: str = ""
     """Digest of the weights that made the pictures."""
+    exactly_once: bool = True
+    """Whether the output honours conditional writes."""
+    made: int = 0
+    """Pictures made by the last run that had anything to do."""
     seconds: float = 0.0
-    """Of the last run that had anything to do."""
+    """Of that run, loading the models included."""
+    images_per_second: float = 0.0
+    """Of that run."""
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+    """Stage → time behind the pictures that count, of all actors and tasks together."""
+    gpus: dict[str, float] = field(default_factory=dict)
+    """Pool → GPUs of one of its actors; 1 where they compute on CPUs."""
+    cost_per_gpu_hour: float | None = None
+    stage_cost: dict[str, float] | None = None
+    """Stage → price of its time; None without a price."""
+
+    def as_json(self) -> bytes:
+        """For report.json."""
+        return (json.dumps(asdict(self), indent=2) + "\n").encode()
+
+
+@dataclass(kw_only=True)
+class Summary:
+    """What records tell, row by row."""
+
+    rows: int = 0
+    images: int = 0
+    failed: int = 0
+    open: int = 0
+    codes: Counter[str] = field(default_factory=Counter)
+    seconds: Counter[str] = field(default_factory=Counter)
+    sample: list[tuple[ManifestRow, Made]] = field(default_factory=list)
+    """Rows drawn at random from those that succeeded."""
+    examples: list[dict[str, str]] = field(default_factory=list)
+    """The first failures."""
+    _draw: random.Random = field(default_factory=lambda: random.Random(0))
+
+    def add(self, row: ManifestRow, made: Made, still_open: int) -> None:
+        """Counts a row in."""
+        self.rows += 1
+        self.open += still_open
+        failures = [record for _, record in made if record.status == "failed"]
+        self.images += len(made) - len(failures)
+        self.codes.update(record.details["code"] for record in failures)
+        for _, record in made:
+            self.seconds.update(record.details.get("seconds", {}))
+        if failures:
+            self.failed += 1
+            if len(self.examples) < EXAMPLES:
+                self.examples.append({"id": row.id} | {name: failures[0].details[name] for name in ("code", "error")})
+            return
+        # A reservoir: every row that succeeded is on the page with the same probability.
+        place = len(self.sample) if len(self.sample) < SAMPLE else self._draw.randrange(self.rows - self.failed)
+        if place < SAMPLE:
+            self.sample[place : place + 1] = [(row, made)]
 
 
 def earlier_report(store: ObjectStore, job: str) -> PersonalizeReport | None:
     """The report of this very job where it is finished."""
     try:
-        mark = json.loads(store.get(SUCCESS))
-        return PersonalizeReport(**mark["report"]) if mark["job"] == job else None
+        mark = json.loads(patiently(lambda: store.get(SUCCESS)))
+        return PersonalizeReport(**mark) if mark["job"] == job else None
     except MissingObjectError:
         return None
     except (ValueError, TypeError, KeyError) as error:
@@ -49,38 +137,35 @@ def earlier_report(store: ObjectStore, job: str) -> PersonalizeReport | None:
 
 
 def write_outcome(
-    store: ObjectStore, ledger: Ledger, rows: list[ManifestRow], model: ModelIdentity, *, job: str, seconds: float
+    store: ObjectStore,
+    ledger: Ledger,
+    rows: Callable[[], Iterator[ManifestRow]],
+    model: ModelIdentity,
+    run: PersonalizeReport,
 ) -> PersonalizeReport:
-    """Writes succeeded.jsonl, failed.jsonl, report.json and last _SUCCESS.json.
+    """Writes succeeded.jsonl, failed.jsonl, report.json, report.html and last _SUCCESS.json; returns the report.
 
-    Raises StorageError where pictures have no record yet: the store failed on the way, and the job is to be run again.
+    `run` is what is known of the run itself. Raises StorageError where pictures have no record yet: the store failed on
+    the way, and the job is to be run again.
     """
-    succeeded, failed, codes, images, still_open = [], [], Counter[str](), 0, 0
-    for row, outcome in _outcomes(ledger, rows, model):
-        records = [record for _, record in outcome if record is not None]
-        still_open += len(outcome) - len(records)
-        images += sum(record.status == "succeeded" for record in records)
-        codes.update(record.details["code"] for record in records if record.status == "failed")
-        if any(record.status == "failed" for record in records):
-            failed.append(_failed_line(row, records))
-        elif len(records) == len(outcome):
-            succeeded.append(_succeeded_line(row, outcome, model))
-    if still_open:
-        raise StorageError(
-            f"{still_open} pictures could not be recorded in {store.uri('')}; run the same command again"
-        )
-    report = PersonalizeReport(
-        rows=len(rows),
-        images=images,
-        failed=len(failed),
-        failures=dict(sorted(codes.items())),
-        weights=model.weights,
-        seconds=round(seconds, 1),
+    summary = Summary()
+    with tempfile.TemporaryFile() as succeeded, tempfile.TemporaryFile() as failed:
+        for row, outcome in _outcomes(ledger, rows(), model):
+            made = [(piece, record) for piece, record in outcome if record is not None]
+            summary.add(row, made, len(outcome) - len(made))
+            _write_line(row, made, model, succeeded, failed)
+        if summary.open:
+            raise StorageError(
+                f"{summary.open} pictures could not be recorded in {store.uri('records')}; run the same command again"
+            )
+        _put(store, SUCCEEDED, succeeded)
+        _put(store, FAILED, failed)
+    report = _completed(run, summary, model)
+    page = render(
+        "personalize.html.j2", report=report, sample=list(_shown(store, summary.sample)), examples=summary.examples
     )
-    store.put(SUCCEEDED, "".join(succeeded).encode())
-    store.put(FAILED, "".join(failed).encode())
-    store.put(REPORT, (json.dumps(asdict(report), indent=2) + "\n").encode())
-    store.put(SUCCESS, (json.dumps({"job": job, "report": asdict(report)}, indent=2) + "\n").encode())
+    for key, data in ((REPORT, report.as_json()), (PAGE, page.encode()), (SUCCESS, report.as_json())):
+        _put(store, key, data)
     return report
 
 
@@ -88,33 +173,90 @@ def _outcomes(
     ledger: Ledger, rows: Iterable[ManifestRow], model: ModelIdentity
 ) -> Iterator[tuple[ManifestRow, list[tuple[Piece, Record | None]]]]:
     """Each row with its pictures and their records, in the manifest's order."""
-    planned = [(number, row, piece) for number, row in enumerate(rows) for piece in pieces(row, model)]
-    found = zip(planned, ledger.find_all(piece.work for _, _, piece in planned), strict=True)
-    flat = ((number, row, (piece, record)) for (number, row, piece), record in found)
-    for _, group in groupby(flat, key=itemgetter(0)):
+    asked: deque[tuple[int, ManifestRow, Piece]] = deque()
+
+    def works() -> Iterator[str]:
+        for number, row in enumerate(rows):
+            for piece in pieces(row, model):
+                asked.append((number, row, piece))
+                yield piece.work
+
+    def answered() -> Iterator[tuple[int, ManifestRow, tuple[Piece, Record | None]]]:
+        for record in ledger.find_all(works()):
+            number, row, piece = asked.popleft()
+            yield number, row, (piece, record)
+
+    for _, group in groupby(answered(), key=itemgetter(0)):
         members = list(group)
         yield members[0][1], [outcome for _, _, outcome in members]
 
 
-def _succeeded_line(row: ManifestRow, outcome: list[tuple[Piece, Record | None]], model: ModelIdentity) -> str:
-    records = [(piece, record) for piece, record in outcome if record is not None]
+def _write_line(row: ManifestRow, made: Made, model: ModelIdentity, succeeded: IO[bytes], failed: IO[bytes]) -> None:
+    if any(record.status == "failed" for _, record in made):
+        failed.write(_failed_line(row, made))
+    elif made:
+        succeeded.write(_succeeded_line(row, made, model))
+
+
+def _succeeded_line(row: ManifestRow, made: Made, model: ModelIdentity) -> bytes:
     images = [
         {"key": record.key, "prompt": piece.prompt, "seed": piece.seed, "sha256": record.sha256}
-        for piece, record in records
+        for piece, record in made
     ]
     line = {
         "id": row.id,
         "class_noun": row.class_noun,
         "metadata": dict(row.metadata),
         "weights": model.weights,
-        "concept": records[0][1].details["concept"],
+        "concept": made[0][1].details["concept"],
         "images": images,
     }
-    return json.dumps(line) + "\n"
+    return f"{json.dumps(line)}\n".encode()
 
 
-def _failed_line(row: ManifestRow, records: list[Record]) -> str:
+def _failed_line(row: ManifestRow, made: Made) -> bytes:
     """The row as it came, which makes it a manifest to run again, and what was wrong."""
-    first = next(record for record in records if record.status == "failed")
+    first = next(record for _, record in made if record.status == "failed")
     wrong = {name: first.details[name] for name in ("code", "error")}
-    return json.dumps(json.loads(replace(row, attempt=row.attempt + 1).to_json()) | wrong) + "\n"
+    again = json.loads(replace(row, attempt=row.attempt + 1).to_json())
+    return f"{json.dumps(again | wrong)}\n".encode()
+
+
+def _completed(run: PersonalizeReport, summary: Summary, model: ModelIdentity) -> PersonalizeReport:
+    seconds = {stage: summary.seconds[stage] for stage in STAGES if stage in summary.seconds}
+    price = run.cost_per_gpu_hour
+    cost = {stage: each / 3600 * run.gpus[PAID_BY[stage]] for stage, each in seconds.items() if stage in PAID_BY}
+    return replace(
+        run,
+        rows=summary.rows,
+        images=summary.images,
+        failed=summary.failed,
+        failures=dict(sorted(summary.codes.items())),
+        weights=model.weights,
+        images_per_second=round(run.made / max(run.seconds, 0.1), 2),
+        stage_seconds={stage: round(each, 2) for stage, each in seconds.items()},
+        stage_cost=None if price is None else {stage: round(hours * price, 4) for stage, hours in cost.items()},
+    )
+
+
+def _shown(store: ObjectStore, sample: Iterable[tuple[ManifestRow, Made]]) -> Iterator[dict[str, object]]:
+    """The sampled rows for the page; a reference that has gone since is left out."""
+    for row, made in sample:
+        references = []
+        for uri in row.images[:3]:
+            try:
+                references.append(thumbnail_uri(decode_image(read_uri(uri), name=uri), THUMBNAIL))
+            except InstantBoothError:
+                continue
+        pictures = [
+            (piece.prompt, _picture(store, record.key)) for piece, record in made[:SAMPLE_PICTURES] if record.key
+        ]
+        yield {"id": row.id, "references": references, "pictures": pictures, "more": len(made) - len(pictures)}
+
+
+def _picture(store: ObjectStore, key: str) -> str:
+    return thumbnail_uri(decode_image(patiently(lambda: store.get(key)), name=key), THUMBNAIL)
+
+
+def _put(store: ObjectStore, key: str, data: Any) -> None:
+    patiently(lambda: store.put(key, data))

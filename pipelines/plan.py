@@ -1,15 +1,22 @@
-"""What a manifest comes to: pictures, each with an id that follows from all that determines it."""
+"""What a manifest comes to: pictures, each with an id that follows from all that determines it.
+
+A picture is known by the URIs of its references, not by their content: a changed photo needs a new name.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+
+import numpy as np
 
 from instantbooth.ledger import work_id
 from instantbooth.manifest import ManifestRow
 
+ID_BYTES = 16
 IMAGES = "images"
 CONCEPTS = "concepts"
 SETTINGS = ("num_inference_steps", "guidance_scale", "adapter_scale", "concept_scale", "negative_prompt", "sampler")
@@ -24,6 +31,10 @@ class ModelIdentity:
     image_encoder: str | None
     weights: str
     """Digest of the trained weights."""
+    segmenter: str | None = None
+    """What finds the subject where no mask is given."""
+    image_format: str = "png"
+    """Of the pictures: one of images.OUTPUT_FORMATS."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +63,50 @@ def pieces(row: ManifestRow, model: ModelIdentity) -> list[Piece]:
 
 def concept_key(row: ManifestRow, model: ModelIdentity) -> str:
     """Where the row's concept is stored; rows with the same pictures of one subject share it."""
-    subject = work_id("concept", *_subject(row), model.base, model.image_encoder, model.weights)
+    subject = work_id("concept", *_subject(row), model.base, model.image_encoder, model.weights, model.segmenter)
     return f"{CONCEPTS}/{subject}.safetensors"
 
 
-def job_id(works: Sequence[str]) -> str:
-    """One id for all of a job's work, in its order."""
-    return work_id("job", list(works))
+class Settled:
+    """Works that have a record, in 16 bytes each."""
+
+    def __init__(self, works: Iterable[str]) -> None:
+        """`works` are ids as `work_id` makes them; anything else is left out."""
+        known = b"".join(bytes.fromhex(work) for work in works if len(work) == 2 * ID_BYTES)
+        self._works = np.sort(np.frombuffer(known, dtype=f"S{ID_BYTES}"))
+
+    def __contains__(self, work: str) -> bool:
+        wanted = np.frombuffer(bytes.fromhex(work), dtype=self._works.dtype)
+        place = int(np.searchsorted(self._works, wanted)[0])
+        return place < len(self._works) and bool(self._works[place] == wanted[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A row with what is still to be made of it."""
+
+    row: ManifestRow
+    missing: tuple[int, ...]
+    """Which of its pieces."""
+
+
+def packed(tasks: Iterable[Task], size: int) -> Iterator[bytes]:
+    """Tasks in chunks of `size`, compressed: a manifest of any length is carried so, at some 200 bytes a row."""
+    lines: list[str] = []
+    for task in tasks:
+        lines.append(json.dumps([json.loads(task.row.to_json()), task.missing]))
+        if len(lines) == size:
+            yield zlib.compress("\n".join(lines).encode())
+            lines = []
+    if lines:
+        yield zlib.compress("\n".join(lines).encode())
+
+
+def unpacked(chunk: bytes) -> Iterator[Task]:
+    """The tasks of one chunk."""
+    for line in zlib.decompress(chunk).decode().split("\n"):
+        row, missing = json.loads(line)
+        yield Task(row=ManifestRow(**row), missing=tuple(missing))
 
 
 def _piece(row: ManifestRow, model: ModelIdentity, prompt: str, index: int, number: int) -> Piece:
@@ -67,7 +115,7 @@ def _piece(row: ManifestRow, model: ModelIdentity, prompt: str, index: int, numb
     work = work_id(row.id, _subject(row), prompt, settings, row.size, seed, row.attempt, vars(model))
     return Piece(
         work=work,
-        key=f"{IMAGES}/{row.id}/{index:03d}-{number:02d}-{work[:8]}.png",
+        key=f"{IMAGES}/{row.id}/{index:03d}-{number:02d}-{work[:8]}.{model.image_format}",
         prompt=prompt,
         prompt_index=index,
         number=number,

@@ -66,13 +66,13 @@ def test_every_bad_row_is_printed_and_the_status_says_so(tmp_path: Path) -> None
         GOOD | {"id": "eve", "num_images_per_prompt": 2},
         GOOD | {"id": "eve"},
     )
-    ended = run_job("--manifest", manifest, "--output", "s3://out/run", "--generators", "4")
+    ended = run_job("--manifest", manifest, "--output", "s3://out/run", "--diffusion.max", "4")
     assert ended.status == 1, ended.error
     faults = [line.split(":")[:2] for line in ended.out if line.startswith("line ")]
     assert faults == [["line 1", " sed"], ["line 1", " images"], ["line 3", " id"]]
     assert "rows              1 good, 2 bad" in ended.out
     assert "images            2" in ended.out
-    assert ended.out[-1] == "Options that only the run itself checks: --generators 4"
+    assert ended.out[-1] == "Options that only the run itself checks: --diffusion.max 4"
 
 
 def test_a_good_manifest_ends_well_and_a_users_error_ends_as_in_every_job(tmp_path: Path) -> None:

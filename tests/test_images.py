@@ -14,6 +14,7 @@ from PIL import Image, ImageFile
 
 from instantbooth.errors import ImageError, ParameterError
 from instantbooth.images import (
+    OUTPUT_FORMATS,
     Augmentation,
     ImageLimits,
     augment,
@@ -21,9 +22,11 @@ from instantbooth.images import (
     check_mask,
     crop_subject,
     decode_image,
+    encode_image,
     encode_png,
     mask_background,
     mask_coverage,
+    read_metadata,
     read_png_metadata,
 )
 
@@ -308,6 +311,20 @@ def test_png_metadata_that_does_not_fit_is_refused(metadata: dict[str, str]) -> 
         encode_png(RED, metadata)
     with pytest.raises(ImageError):
         read_png_metadata(encoded(RED, "JPEG"))
+
+
+@pytest.mark.parametrize("image_format", OUTPUT_FORMATS)
+def test_every_output_format_carries_its_provenance(image_format: str) -> None:
+    metadata = {"prompt": "a photo of a {subject} «à la mer» 海", "seed": "7"}
+    data = encode_image(RED, metadata, image_format=image_format)
+    assert Image.open(io.BytesIO(data)).format == image_format.upper()
+    assert read_metadata(data) == metadata
+    assert np.abs(np.asarray(decode_image(data), dtype=int) - np.asarray(RED, dtype=int)).max() <= 8
+
+
+def test_another_output_format_is_refused() -> None:
+    with pytest.raises(ParameterError, match="Did you mean 'jpeg'"):
+        encode_image(RED, {}, image_format="jpg")
 
 
 def test_limits_are_the_callers_to_choose() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import tempfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from moto import mock_aws
 
-from instantbooth.errors import StorageError
+from instantbooth.errors import ConditionalWriteError, StorageError
 from instantbooth.storage import ObjectStore, open_store, open_uri, read_uri
 
 
@@ -140,6 +141,13 @@ def test_a_file_that_is_no_regular_file_is_refused(tmp_path: Path) -> None:
         open_store(str(tmp_path / "file")).put("below", b"")
 
 
+def test_a_file_is_stored_from_its_start(store: ObjectStore) -> None:
+    with tempfile.TemporaryFile() as file:
+        file.write(b"many lines")
+        store.put("lines", file)
+    assert store.get("lines") == b"many lines"
+
+
 def test_a_failed_write_leaves_the_old_object_and_nothing_else(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     store.put("a", b"old")
@@ -174,7 +182,7 @@ def test_s3_failures_name_bucket_and_key(bucket: str, monkeypatch: pytest.Monkey
 
 
 def test_a_conditional_write_is_tried_again_after_a_conflict(monkeypatch: pytest.MonkeyPatch) -> None:
-    statuses = [409, 409, 200, 412, *[409] * 5]
+    statuses = [409, 409, 200, 412, *[409] * 5, 501]
     conditions = []
 
     class Endpoint(BaseHTTPRequestHandler):
@@ -205,8 +213,10 @@ def test_a_conditional_write_is_tried_again_after_a_conflict(monkeypatch: pytest
         assert store.put_if_absent("a", b"data") is False
         with pytest.raises(StorageError, match="s3://booth/a: 5 conflicts"):
             store.put_if_absent("a", b"data")
+        with pytest.raises(ConditionalWriteError, match="501"):
+            store.put_if_absent("a", b"data")
         server.shutdown()
-    assert conditions == ["*"] * 9
+    assert conditions == ["*"] * 10
     assert not statuses
 
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from instantbooth.storage import ObjectStore, open_store
 from pipelines.curation.decisions import Decisions
 from pipelines.curation.shards import TRAIN, VALIDATION, staged_key, thumbnail_of
+from pipelines.page import jpeg_uri, render
 
 TEMPLATE = "report.html.j2"
 COVERAGE_BINS = 20
@@ -86,10 +84,8 @@ def summarize(decisions: Decisions, entries: Sequence[Mapping[str, Any]]) -> Ing
 def report_page(report: IngestReport, decisions: Decisions, output: str, source: str) -> str:
     """The page; pictures are inside, and nothing is loaded from elsewhere."""
     store = open_store(output)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
-    )
-    return environment.get_template(TEMPLATE).render(
+    return render(
+        TEMPLATE,
         report=report,
         source=source,
         kept=list(_examples(store, decisions, decisions.kept[:EXAMPLES_KEPT])),
@@ -113,7 +109,7 @@ def _examples(store: ObjectStore, decisions: Decisions, rows: Sequence[int]) -> 
         original = int(decisions.original[row])
         text = shown["detail"] or shown["caption"]
         yield Example(
-            thumbnail=f"data:image/jpeg;base64,{base64.b64encode(thumbnail).decode()}" if thumbnail else "",
+            thumbnail=jpeg_uri(thumbnail) if thumbnail else "",
             name=f"{decisions.slices[number].source} {shown['name']}",
             text=text if original < 0 else decisions.likeness(int(row)),
         )

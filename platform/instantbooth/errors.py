@@ -11,7 +11,8 @@
     ├── ConceptError            a concept file damaged, or made by other encoders
     ├── StorageError            an object that cannot be read or written
     │   ├── MissingObjectError    there is no such object
-    │   └── TransientStorageError the store did not answer, or not now: the same call may work later
+    │   ├── TransientStorageError the store did not answer, or not now: the same call may work later
+    │   └── ConditionalWriteError a store that replaces objects which a conditional write must leave alone
     └── EngineError             a request that was not denoised
         ├── OverloadedError       there are too many before it
         └── DeadlineError         its time ran out
@@ -71,6 +72,10 @@ class MissingObjectError(StorageError):
 
 class TransientStorageError(StorageError):
     """A store that did not answer, or refused for now; a write may have taken place all the same."""
+
+
+class ConditionalWriteError(StorageError):
+    """A store that does not honour conditional writes, and so cannot commit work exactly once."""
 
 
 class EngineError(InstantBoothError):

@@ -1,4 +1,4 @@
-"""Pictures: decoding bytes from strangers, checking, cropping, masking, augmenting; PNGs that carry their provenance.
+"""Pictures: decoding bytes from strangers, checking, cropping, masking, augmenting; files that carry their provenance.
 
 Every picture that leaves this module is fully decoded, upright, 8 bits a channel, RGB or (where the source is
 transparent) RGBA, without EXIF. A mask is "L": 255 is subject, 0 background; a pixel above 127 counts as subject.
@@ -7,6 +7,7 @@ transparent) RGBA, without EXIF. A mask is "L": 255 is subject, 0 background; a 
 from __future__ import annotations
 
 import io
+import json
 import math
 import threading
 import warnings
@@ -17,12 +18,15 @@ from typing import cast
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageChops, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageChops, ImageFile, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 
-from instantbooth.errors import ImageError, ParameterError
+from instantbooth.errors import ImageError, ParameterError, did_you_mean
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+OUTPUT_FORMATS = ("png", "webp", "jpeg")
+QUALITY = 92
+"""Of WebP and JPEG, where 100 is the best."""
 SIXTEEN_BIT_MODES = frozenset({"I;16", "I;16L", "I;16B"})
 MODES = SIXTEEN_BIT_MODES | {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV"}
 
@@ -182,6 +186,37 @@ def augment(image: Image.Image, rng: np.random.Generator, *, settings: Augmentat
     coloured = Image.fromarray(pixels.astype(np.uint8))
     geometry = _draw_geometry(subject, rng, settings)
     return coloured.transform(image.size, Image.Transform.AFFINE, geometry, Image.Resampling.BILINEAR)
+
+
+def encode_image(image: Image.Image, metadata: Mapping[str, str], *, image_format: str = "png") -> bytes:
+    """Bytes in one of OUTPUT_FORMATS that carry `metadata`; `read_metadata` gives it back.
+
+    A PNG holds it as text chunks, the others as a JSON object in EXIF's ImageDescription. Raises ParameterError for
+    another format.
+    """
+    if image_format not in OUTPUT_FORMATS:
+        raise ParameterError(
+            f"image_format {image_format!r} is not written here. {did_you_mean(image_format, OUTPUT_FORMATS)}"
+        )
+    if image_format == "png":
+        return encode_png(image, metadata)
+    exif = Image.Exif()
+    exif[ExifTags.Base.ImageDescription] = json.dumps(dict(metadata))
+    buffer = io.BytesIO()
+    image.save(buffer, image_format.upper(), quality=QUALITY, exif=exif)
+    return buffer.getvalue()
+
+
+def read_metadata(data: bytes, *, name: str = "image") -> dict[str, str]:
+    """What `encode_image` embedded; empty where there is nothing of the kind. Raises ImageError for no picture."""
+    limits = ImageLimits(min_side=1)
+    with _open(data, name, limits) as picture:
+        _check_header(picture, name, limits)
+        if picture.format == "PNG":
+            return read_png_metadata(data, name=name)
+        with _as_image_error(name):
+            described = json.loads(picture.getexif().get(ExifTags.Base.ImageDescription, "{}"))
+            return {str(key): str(text) for key, text in described.items()}
 
 
 def encode_png(image: Image.Image, metadata: Mapping[str, str]) -> bytes:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import json
 import secrets
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from typing import Any, Literal
 
-from instantbooth.errors import MissingObjectError, StorageError
+from instantbooth.errors import ConditionalWriteError, MissingObjectError, StorageError
 from instantbooth.storage import Answer, ObjectStore, patiently
 
 RECORDS = "records"
@@ -56,20 +57,25 @@ class Record:
 class Ledger:
     """The records of a store, and the writing of results that they point to."""
 
-    def __init__(self, store: ObjectStore, *, pause_s: float = 0.2) -> None:
-        """`pause_s` is the first pause before a storage call is repeated; each further one is twice as long."""
+    def __init__(self, store: ObjectStore, *, conditional: bool = True, pause_s: float = 0.2) -> None:
+        """`pause_s` is the first pause before a storage call is repeated; each further one is twice as long.
+
+        With `conditional=False` a write first looks whether there is an object, for stores that cannot do better: of
+        two attempts at the same moment the later one's record stays.
+        """
         self._store = store
+        self._conditional = conditional
         self._pause_s = pause_s
 
     def check_store(self) -> None:
-        """Raises StorageError unless the store keeps its word on conditional writes: what is there stays."""
+        """Raises ConditionalWriteError unless the store keeps its word on conditional writes: what is there stays."""
         key = f"{RECORDS}/.self-test"
         first, second = (secrets.token_bytes(8) for _ in range(2))
         written = self._write(key, first)
         replaced = self._write(key, second)
         found = self._patiently(lambda: self._store.get(key))
         if replaced or found == second or (written and found != first):
-            raise StorageError(
+            raise ConditionalWriteError(
                 f"{self._store.uri(key)} was replaced by a conditional write: this store cannot commit work exactly "
                 "once; use one that honours If-None-Match, in a bucket without versioning, or a file:// folder"
             )
@@ -79,10 +85,12 @@ class Ledger:
 
         `key` must name this work and no other: where an earlier attempt left a result there, that one is kept.
         """
-        if not self._write(key, data):
-            data = self._patiently(lambda: self._store.get(key))
-        digest = sha256(data).hexdigest()
+        digest = sha256(self.keep(key, data)).hexdigest()
         return self._commit(_record(work, "succeeded", details, key=key, sha256=digest))
+
+    def keep(self, key: str, data: bytes) -> bytes:
+        """Stores an object unless there is one; returns the bytes that are there."""
+        return data if self._write(key, data) else self._patiently(lambda: self._store.get(key))
 
     def fail(self, work: str, details: Mapping[str, Any]) -> Record:
         """Commits that the work cannot be done; returns the record that counts."""
@@ -96,18 +104,24 @@ class Ledger:
             return None
 
     def find_all(self, works: Iterable[str]) -> Iterator[Record | None]:
-        """The same for many, in their order, several at once."""
+        """The same for many, in their order, several at once; as few are held as that takes."""
+        ahead: deque[Future[Record | None]] = deque()
         with ThreadPoolExecutor(READERS) as pool:
-            yield from pool.map(self.find, works)
+            for work in works:
+                ahead.append(pool.submit(self.find, work))
+                if len(ahead) > 2 * READERS:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
 
-    def committed(self) -> set[str]:
+    def committed(self) -> Iterator[str]:
         """Ids of the work that is settled, from one listing: to be spared, never to be counted on."""
         prefix = f"{RECORDS}/"
         names = (key.removeprefix(prefix) for key in self._store.list(prefix))
-        return {name.partition("/")[2].removesuffix(".json") for name in names if name.endswith(".json")}
+        return (name.partition("/")[2].removesuffix(".json") for name in names if name.endswith(".json"))
 
     def _commit(self, record: Record) -> Record:
-        if self._write(_key(record.work), record.to_bytes()):
+        if self._write(_key(record.work), record.to_bytes()) and self._conditional:
             return record
         # Another attempt was first, or this one, and its answer got lost: the record says which.
         committed = self.find(record.work)
@@ -116,7 +130,12 @@ class Ledger:
         return committed
 
     def _write(self, key: str, data: bytes) -> bool:
-        return self._patiently(lambda: self._store.put_if_absent(key, data))
+        if self._conditional:
+            return self._patiently(lambda: self._store.put_if_absent(key, data))
+        if self._patiently(lambda: self._store.exists(key)):
+            return False
+        self._patiently(lambda: self._store.put(key, data))
+        return True
 
     def _patiently(self, operation: Callable[[], Answer]) -> Answer:
         return patiently(operation, pause_s=self._pause_s)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import io
 import os
 import re
 import secrets
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
 
-from instantbooth.errors import MissingObjectError, StorageError, TransientStorageError
+from instantbooth.errors import ConditionalWriteError, MissingObjectError, StorageError, TransientStorageError
 
 MAX_KEY_BYTES = 1024
 MAX_PART_BYTES = 255
@@ -42,14 +43,18 @@ class ObjectStore(Protocol):
         """The object's bytes; MissingObjectError where there is none, StorageError where it exceeds `max_bytes`."""
         ...
 
-    def put(self, key: str, data: bytes) -> None:
-        """Writes or replaces an object at once: a reader sees the old bytes or the new ones, never a part."""
+    def put(self, key: str, data: bytes | io.BufferedIOBase) -> None:
+        """Writes or replaces an object at once: a reader sees the old bytes or the new ones, never a part.
+
+        `data` may be an open file, read from its start, for objects too large to hold.
+        """
         ...
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
         """Writes an object unless there is one; of many writers exactly one is told True.
 
-        Over S3 a writer whose successful answer got lost on the network is told False when it tries again.
+        Over S3 a writer whose successful answer got lost on the network is told False when it tries again. Raises
+        ConditionalWriteError where the store says that it has no conditional writes.
         """
         ...
 
@@ -97,8 +102,7 @@ def open_uri(uri: str) -> Iterator[IO[bytes]]:
     if check_uri(uri) == "s3":
         bucket, _, key = uri.removeprefix("s3://").partition("/")
         with tempfile.TemporaryFile() as file:
-            with S3Store(bucket)._operation("read", key) as (client, target):
-                shutil.copyfileobj(client.get_object(**target)["Body"], file)
+            patiently(lambda: S3Store(bucket).copy(key, file))
             file.seek(0)
             yield file
         return
@@ -155,7 +159,7 @@ class FileStore:
         with self._operation("read", key) as path:
             return _read_file(path, self.uri(key), max_bytes)
 
-    def put(self, key: str, data: bytes) -> None:
+    def put(self, key: str, data: bytes | io.BufferedIOBase) -> None:
         with self._operation("write", key) as path, _unfinished(path, data) as unfinished:
             os.replace(unfinished, path)
             _flush_folder(path.parent)
@@ -212,7 +216,17 @@ class S3Store:
             _check_size(answer["ContentLength"], self.uri(key), max_bytes)
             return bytes(answer["Body"].read())
 
-    def put(self, key: str, data: bytes) -> None:
+    def copy(self, key: str, file: IO[bytes]) -> None:
+        """Writes the object's bytes into a local file, from its start."""
+        file.seek(0)
+        file.truncate()
+        with self._operation("read", key) as (client, target):
+            for chunk in client.get_object(**target)["Body"].iter_chunks(2**20):
+                file.write(chunk)
+
+    def put(self, key: str, data: bytes | io.BufferedIOBase) -> None:
+        if isinstance(data, io.BufferedIOBase):
+            data.seek(0)
         with self._operation("write", key) as (client, target):
             client.put_object(**target, Body=data)
 
@@ -221,7 +235,12 @@ class S3Store:
             for attempt in range(CONFLICT_TRIES):
                 # S3 answers 409 while another conditional write of the key is under way, and asks to try again.
                 time.sleep(0.05 * attempt)
-                status = _status_of((409, 412), client.put_object, **target, Body=data, IfNoneMatch="*")
+                status = _status_of((409, 412, 501), client.put_object, **target, Body=data, IfNoneMatch="*")
+                if status == 501:
+                    raise ConditionalWriteError(
+                        f"cannot write {self.uri(key)}: the store has no conditional writes (it answers 501); use "
+                        "another"
+                    )
                 if status != 409:
                     return status != 412
         raise TransientStorageError(
@@ -294,14 +313,18 @@ def _read_file(path: Path, uri: str, max_bytes: int | None) -> bytes:
 
 
 @contextmanager
-def _unfinished(path: Path, data: bytes) -> Iterator[Path]:
+def _unfinished(path: Path, data: bytes | io.BufferedIOBase) -> Iterator[Path]:
     """A flushed file with `data` beside `path`, gone in the end unless it was renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{UNFINISHED}{secrets.token_hex(8)}")
     try:
         # Not tempfile: its files are readable by their owner alone.
         with unfinished.open("xb") as file:
-            file.write(data)
+            if isinstance(data, io.BufferedIOBase):
+                data.seek(0)
+                shutil.copyfileobj(data, file)
+            else:
+                file.write(data)
             file.flush()
             os.fsync(file.fileno())
         yield unfinished
@@ -371,9 +394,9 @@ def _as_storage_error(what: str) -> Iterator[None]:
 
 def _is_transient(error: Exception) -> bool:
     """Whether S3 did not answer (a connection that failed or broke off), or answered to come back later."""
-    from botocore.exceptions import ClientError, HTTPClientError
+    from botocore.exceptions import ClientError, HTTPClientError, IncompleteReadError
 
     if isinstance(error, ClientError):
         status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500))
         return status >= 500 or status in (408, 429)
-    return isinstance(error, HTTPClientError) or type(error).__module__.startswith("urllib3")
+    return isinstance(error, HTTPClientError | IncompleteReadError) or type(error).__module__.startswith("urllib3")

@@ -56,6 +56,23 @@ def wait_until(condition: object, seconds: float = 20) -> None:
         time.sleep(0.002)
 
 
+def test_with_batches_of_one_shape_a_picture_is_the_same_to_the_last_bit(
+    booth: Personalizer, concepts: list[Concept]
+) -> None:
+    exact = EngineConfig(row_budget=8, buckets=(4,), texts_apart=True, decode_batch=1)
+    requests = [request(booth, concepts[n % 3], seed=n, num_inference_steps=2 + n % 3) for n in range(30)]
+
+    def pictures(order: list[int]) -> dict[int, bytes]:
+        with Engine(booth, exact) as engine:
+            tickets = {n: engine.submit(requests[n]) for n in order}
+            return {n: ticket.result().tobytes() for n, ticket in tickets.items()}
+
+    together = pictures(list(range(30)))
+    assert pictures(list(reversed(range(30)))) == together
+    for few in ([0], [5, 7], [29, 1, 16]):
+        assert pictures(few) == {n: together[n] for n in few}
+
+
 MIXTURE = st.lists(
     st.fixed_dictionaries(
         {

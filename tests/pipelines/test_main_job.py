@@ -6,20 +6,23 @@ from io import BytesIO
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 from PIL import Image
 
 from instantbooth import Personalizer
 from instantbooth.errors import InstantBoothError, ManifestError, ParameterError, WeightsError
+from instantbooth.images import read_metadata
 from instantbooth.manifest import ManifestRow
 from instantbooth.miniature.samples import write_manifest, write_pairs
 from instantbooth.storage import FileStore, read_uri
 from instantbooth.tracking import TrackedRun
 from instantbooth.training.adapters import AdapterTrainingConfig
+from jobs.bulk import BulkConfig, run
 from jobs.train import TrainConfig, TrainReport, train
 from pipelines.ingest import IngestConfig, ingest
 from pipelines.model import ModelConfig
 from pipelines.outcome import FAILED, SUCCEEDED, PersonalizeReport
-from pipelines.personalize import PersonalizeConfig, load_manifest, personalize
+from pipelines.personalize import PersonalizeConfig, Pool, load_manifest, personalize
 from tests.tiny import tiny_booth, tiny_model
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -107,7 +110,7 @@ def personalized(
             manifest=f"{project.folder}/{name}.jsonl",
             output=f"{project.folder}/{name}",
             model=project.model,
-            generators=1,
+            diffusion=Pool(),
             row_budget=6,
         )
     )
@@ -149,6 +152,46 @@ def test_a_bad_row_fails_alone_and_a_picture_does_not_depend_on_its_company(proj
         assert first.text["seed"] == str(image["seed"])
         assert first.text.keys() >= {"weights", "concept", "class_noun", "work"}
 
+    assert report.stage_seconds.keys() == {"fetch", "encode", "denoise", "decode", "pack"}
+    assert all(seconds > 0 for seconds in report.stage_seconds.values())
+    page = project.store.get("together/report.html").decode()
+    assert page.count('<section class="subject">') == len(rows)
+    assert page.count("data:image/jpeg") == sum(len(row.images) + len(row.prompts) for row in rows)
+    assert "no.png" in page
+    assert "http" not in page.replace("http-equiv", "")
+
+
+def test_the_job_as_it_is_typed_writes_webp_events_and_counters(project: Project, tmp_path: Path) -> None:
+    rows = load_manifest(f"{project.folder}/orders/manifest.jsonl")[:1]
+    project.store.put("typed.jsonl", (rows[0].to_json() + "\n").encode())
+    report = run(
+        BulkConfig(
+            manifest=f"{project.folder}/typed.jsonl",
+            output=f"{project.folder}/typed",
+            model=project.model,
+            concepts=f"{project.folder}/together",
+            image_format="webp",
+            diffusion=Pool(),
+            row_budget=6,
+            cost_per_gpu_hour=3.6,
+            log=tmp_path / "events.jsonl",
+        )
+    )
+    assert report.stage_cost == pytest.approx(
+        {stage: report.stage_seconds[stage] / 1000 for stage in report.stage_cost}, abs=2e-4
+    )
+    (line,) = [json.loads(line) for line in project.store.get(f"typed/{SUCCEEDED}").splitlines()]
+    carried = read_metadata(project.store.get(f"typed/{line['images'][0]['key']}"))
+    assert (carried["seed"], carried["prompt"]) == (str(line["images"][0]["seed"]), rows[0].prompts[0])
+    assert (carried["weights"], carried["concept"]) == (line["weights"], line["concept"])
+    assert not list(project.store.list("typed/concepts/")), "the earlier output's concept serves"
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events] == ["started", "progress", "finished"]
+    client = MlflowClient(project.model.tracking_uri)
+    (logged,) = client.search_runs(["1"], f"run_name = 'personalize {project.folder}/typed'")
+    assert logged.info.status == "FINISHED"
+    assert (logged.data.metrics["rows_done"], logged.data.metrics["images"]) == (1, len(rows[0].prompts))
+
 
 def test_a_job_run_again_does_only_what_is_missing(project: Project) -> None:
     rows = load_manifest(f"{project.folder}/orders/manifest.jsonl")
@@ -176,7 +219,7 @@ def test_a_job_that_goes_wrong_stops_and_goes_on_when_run_again(project: Project
         manifest=f"{project.folder}/wrong.jsonl",
         output=f"{project.folder}/wrong",
         model=project.model,
-        generators=1,
+        diffusion=Pool(),
         row_budget=6,
         max_failures=1,
     )
@@ -187,6 +230,17 @@ def test_a_job_that_goes_wrong_stops_and_goes_on_when_run_again(project: Project
     project.store.put("no0.png", read_uri(rows[0].images[0]))
     again = personalize(replace(config, manifest=f"{project.folder}/wrong/{FAILED}", max_failures=None))
     assert (again.rows, again.failed, again.images) == (3, 2, len(rows[0].prompts))
+
+
+def test_gpus_that_the_cluster_lacks_are_refused_at_once(project: Project) -> None:
+    config = PersonalizeConfig(
+        manifest=f"{project.folder}/orders/manifest.jsonl",
+        output=f"{project.folder}/none",
+        model=project.model,
+        diffusion=Pool(gpus=0.5),
+    )
+    with pytest.raises(ParameterError, match=r"start with 0.5 GPU, the cluster has 0"):
+        personalize(config)
 
 
 def test_a_malformed_manifest_is_refused_whole_with_every_fault(project: Project) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
@@ -22,6 +23,7 @@ class _Job:
     latents: Tensor | None = field(compare=False, default=None)
     deliver: Callable[[Image.Image], None] = field(compare=False, default=lambda picture: None)
     fail: Callable[[Exception], None] = field(compare=False, default=lambda error: None)
+    charge: Callable[[float], None] = field(compare=False, default=lambda seconds: None)
 
 
 _PICTURE, _PREVIEW, _STOP = 0, 1, 2
@@ -45,29 +47,30 @@ class Decoder:
         """Pictures, previews apart, that are not decoded yet."""
         return self._pending[_PICTURE]
 
-    def put(self, latents: Tensor, deliver: Callable[[Image.Image], None], fail: Callable[[Exception], None]) -> None:
-        """Decodes scaled latents [C, H, W] as soon as those before them are done; then calls one of the two."""
-        self._put(_PICTURE, latents, deliver, fail)
+    def put(
+        self,
+        latents: Tensor,
+        deliver: Callable[[Image.Image], None],
+        fail: Callable[[Exception], None],
+        charge: Callable[[float], None],
+    ) -> None:
+        """Decodes scaled latents [C, H, W] as soon as those before them are done; then calls `deliver` or `fail`.
+
+        `charge` is told the seconds first.
+        """
+        self._count(_PICTURE, 1)
+        self._jobs.put(_Job(_PICTURE, next(self._number), latents, deliver, fail, charge))
 
     def put_preview(self, latents: Tensor, deliver: Callable[[Image.Image], None]) -> None:
         """The same for a preview, which is left out where the thread has other work."""
         if not any(self._pending.values()):
-            self._put(_PREVIEW, latents, deliver, lambda error: None)
+            self._count(_PREVIEW, 1)
+            self._jobs.put(_Job(_PREVIEW, next(self._number), latents, deliver))
 
     def close(self) -> None:
         """Decodes what is there, then ends the thread."""
         self._jobs.put(_Job(_STOP, next(self._number)))
         self._thread.join()
-
-    def _put(
-        self,
-        priority: int,
-        latents: Tensor,
-        deliver: Callable[[Image.Image], None],
-        fail: Callable[[Exception], None],
-    ) -> None:
-        self._count(priority, 1)
-        self._jobs.put(_Job(priority, next(self._number), latents, deliver, fail))
 
     def _count(self, priority: int, change: int) -> None:
         with self._lock:
@@ -93,6 +96,7 @@ class Decoder:
         return batch
 
     def _decode(self, batch: list[_Job]) -> None:
+        started = time.perf_counter()
         try:
             pictures = self._base.decode(torch.stack([job.latents for job in batch if job.latents is not None]))
         except Exception as error:
@@ -103,8 +107,10 @@ class Decoder:
             self._count(batch[0].priority, -1)
             batch[0].fail(error)
             return
+        seconds = (time.perf_counter() - started) / len(batch)
         for job, picture in zip(batch, pictures, strict=True):
             self._count(job.priority, -1)
+            job.charge(seconds)
             job.deliver(picture)
 
 

@@ -48,6 +48,9 @@ class EngineConfig:
     """Finished latents that may wait for the VAE before no further request is begun."""
     buckets: tuple[int, ...] = ()
     """Numbers of rows, and of reference images, that batches are padded to, rising; empty pads nothing."""
+    texts_apart: bool = False
+    """Whether each prompt is embedded alone. With this, one bucket of half the row budget and a decode_batch of 1, a
+    guided picture is bit for bit the same in any company; else it is the same up to rounding."""
 
     def __post_init__(self) -> None:
         for name in ("max_row_budget", "max_requests", "decode_batch", "max_undecoded"):
@@ -134,6 +137,11 @@ class Engine:
             self._arrivals.append(ticket)
             self._wake.notify()
         return ticket
+
+    @property
+    def alive(self) -> bool:
+        """Whether it denoises what is submitted: false once it is closed or broke down."""
+        return self._thread.is_alive() and not self._closing
 
     def stats(self) -> EngineStats:
         """A snapshot."""
@@ -243,14 +251,16 @@ class Engine:
         self._totals.padded_rows += len(batch.order) - rows
         self._totals.step_seconds += seconds
         for ticket in tickets:
+            ticket.denoise_seconds += seconds * ticket.unet_rows / rows
             self._after_step(ticket)
 
     def _assemble(self, tickets: Sequence[Ticket]) -> RowBatch:
         """The batch of these rows: the last one where nobody joined or left."""
         new = [ticket for ticket in tickets if ticket.row is None]
         if new:
-            for ticket, row in zip(new, self.booth.rows([ticket.request for ticket in new]), strict=True):
-                ticket.row = row
+            for group in [[ticket] for ticket in new] if self.config.texts_apart else [new]:
+                for ticket, row in zip(group, self.booth.rows([each.request for each in group]), strict=True):
+                    ticket.row = row
         rows = [ticket.row for ticket in tickets if ticket.row is not None]
         if self._batch is None or self._batch.rows != rows:
             for ticket, row in zip(tickets, rows, strict=True):
@@ -287,7 +297,7 @@ class Engine:
                 self._settle(ticket, EngineError("the picture is not finite: use weights or a precision that fit"))
                 return
             settle = partial(self._settle, ticket)
-            self._decoder.put(row.latents, settle, settle)
+            self._decoder.put(row.latents, settle, settle, ticket.charge_decoding)
         elif row.step in ticket.preview_steps and row.previous_x0 is not None:
             self._decoder.put_preview(row.previous_x0, partial(_show, ticket, progress))
 

@@ -37,6 +37,9 @@ class Ticket:
         self.future: Future[Image.Image] = Future()
         self.row: Row | None = None
         """None until its first step."""
+        self.denoise_seconds = 0.0
+        """Its share of the time of its steps."""
+        self.decode_seconds = 0.0
         steps = request.table.num_steps
         self.preview_steps = {round(steps * n / (previews + 1)) for n in range(1, previews + 1)} - {0, steps}
         self._updates: SimpleQueue[Progress | None] = SimpleQueue()
@@ -57,6 +60,10 @@ class Ticket:
         """U-Net rows still to compute."""
         taken = self.row.step if self.row else 0
         return self.unet_rows * (self.request.table.num_steps - taken)
+
+    def charge_decoding(self, seconds: float) -> None:
+        """Called by the decoder with the picture's share of its batch, before it is delivered."""
+        self.decode_seconds += seconds
 
     def result(self, timeout: float | None = None) -> Image.Image:
         """The picture. Raises DeadlineError, EngineError, CancelledError, or TimeoutError after `timeout` seconds."""

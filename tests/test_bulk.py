@@ -1,0 +1,69 @@
+"""What the bulk job tells while it runs: events and counters."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from instantbooth.errors import ConditionalWriteError, ParameterError
+from instantbooth.storage import FileStore
+from jobs.benchmarks.million import MillionEstimate, page
+from jobs.bulk import _event_log, _events
+from pipelines.outcome import Outcome
+from pipelines.personalize import PersonalizeConfig, Pool, Tally, _bound, _check_store
+
+
+def test_every_failure_is_an_event_and_progress_adds_up(tmp_path: Path) -> None:
+    tally = Tally(rows=3, images=6, started=time.monotonic() - 2)
+    with _event_log(tmp_path / "logs" / "run.jsonl") as write:
+        tell = _events(write)
+        tell(tally, None)
+        for outcome in (
+            Outcome(id="ada", succeeded=2, failed=0, open=0),
+            Outcome(id="eve", succeeded=1, failed=1, open=0, code="prompt", error="too long"),
+            Outcome(id="bob", succeeded=2, failed=0, open=0),
+        ):
+            tally.add(outcome)
+            tell(tally, outcome)
+    events = [json.loads(line) for line in (tmp_path / "logs" / "run.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events] == ["started", "progress", "row_failed", "progress"]
+    assert (events[2]["id"], events[2]["error"]) == ("eve", "too long")
+    assert (events[3]["rows_done"], events[3]["rows_failed"], events[3]["images"]) == (3, 1, 5)
+    assert events[3]["images_per_second"] == pytest.approx(2.5, rel=0.1)
+
+
+def test_failures_are_bounded_by_number_or_by_share() -> None:
+    assert (_bound(0, 200), _bound(3, 200), _bound(0.05, 200)) == (0, 3, 10)
+
+
+def test_a_store_without_conditional_writes_is_refused_or_used_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Careless(FileStore):
+        def put_if_absent(self, key: str, data: bytes) -> bool:
+            self.put(key, data)
+            return True
+
+    with pytest.raises(ConditionalWriteError, match="--allow-unconditional"):
+        _check_store(Careless(tmp_path), allow_unconditional=False)
+    assert not caplog.records
+    assert _check_store(Careless(tmp_path), allow_unconditional=True) is False
+    assert "NOT EXACTLY ONCE" in caplog.text
+    assert _check_store(FileStore(tmp_path / "good"), allow_unconditional=True) is True
+
+
+def test_the_page_on_a_million_identities_is_what_the_command_prints() -> None:
+    root = Path(__file__).parent.parent
+    assert (root / "infra" / "million.md").read_text() == page(MillionEstimate())
+
+
+def test_options_that_cannot_work_are_refused() -> None:
+    for wrong in ({"min": 0}, {"min": 3, "max": 2}, {"gpus": 1.5}, {"gpus": -1.0}):
+        with pytest.raises(ParameterError, match="correct"):
+            Pool(**wrong)
+    for option in ({"image_format": "gif"}, {"exact": True}, {"max_failures": -1}, {"cost_per_gpu_hour": -1.0}):
+        with pytest.raises(ParameterError, match=next(iter(option))):
+            PersonalizeConfig(manifest="m.jsonl", output="out", **option)
