@@ -12,6 +12,9 @@
     ├── StorageError            an object that cannot be read or written
     │   ├── MissingObjectError    there is no such object
     │   └── TransientStorageError the store did not answer, or not now: the same call may work later
+    ├── TrainingError           a training that cannot go on
+    │   └── StoppedError          it was asked to stop, and saved what it had
+    ├── TrackingError           MLflow could not be had
     └── EngineError             a request that was not denoised
         ├── OverloadedError       there are too many before it
         └── DeadlineError         its time ran out
@@ -71,6 +74,18 @@ class MissingObjectError(StorageError):
 
 class TransientStorageError(StorageError):
     """A store that did not answer, or refused for now; a write may have taken place all the same."""
+
+
+class TrainingError(InstantBoothError):
+    """A training that cannot go on, or cannot continue the run it was given."""
+
+
+class StoppedError(TrainingError):
+    """A training that was asked to stop; the same command goes on from its checkpoint."""
+
+
+class TrackingError(InstantBoothError):
+    """The tracking server did not answer, or refused."""
 
 
 class EngineError(InstantBoothError):

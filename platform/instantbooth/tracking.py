@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from instantbooth.errors import WeightsError
+from instantbooth.errors import TrackingError, WeightsError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -27,7 +28,14 @@ CANDIDATE = "candidate"
 """Alias of the newest version of the registered model."""
 WEIGHTS = "weights"
 """Artifact path of the servable weights folder inside a run."""
-RUN_NAME = "instantbooth.run_name"
+OUTPUT = "instantbooth.output"
+"""Tag by which the run of an output folder is found again."""
+STEP = "instantbooth.step"
+MAX_METRICS = 1000
+"""MLflow takes so many in one request."""
+MAX_PAUSE_S = 30.0
+
+log = logging.getLogger(__name__)
 
 MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:/(?P<version>\d+)|@(?P<alias>[^/]+))")
 
@@ -41,18 +49,45 @@ class TrackedRun:
     run_id: str
 
     def log_parameters(self, values: Mapping[str, object]) -> None:
-        """Logs parameters; a value that was logged before must be the same."""
+        """Logs parameters. One that a restart has changed keeps its first value; the new one becomes a tag."""
         client = _client(self.tracking_uri)
+        known = client.get_run(self.run_id).data.params
         for name, value in values.items():
-            client.log_param(self.run_id, name, value)
+            if name not in known:
+                client.log_param(self.run_id, name, value)
+            elif known[name] != str(value):
+                client.set_tag(self.run_id, f"restarted_with.{name}", value)
 
-    def log_metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Logs the metrics of one step in one request."""
+    def deliver(self, steps: Mapping[int, Mapping[str, float]]) -> int:
+        """Logs the metrics of those steps that the run lacks, by its metric "step"; returns how many these were."""
+        known = {step for step, _ in self.curve("step")}
+        missing = {step: values for step, values in steps.items() if step not in known}
+        self.log_steps(missing)
+        return len(missing)
+
+    def log_steps(self, steps: Mapping[int, Mapping[str, float]]) -> None:
+        """Logs the metrics of many steps in few requests."""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        metrics = [Metric(name, value, now, step) for name, value in values.items()]
-        _client(self.tracking_uri).log_batch(self.run_id, metrics=metrics)
+        metrics = [Metric(name, value, now, step) for step, values in steps.items() for name, value in values.items()]
+        for start in range(0, len(metrics), MAX_METRICS):
+            with reporting(self.tracking_uri):
+                _client(self.tracking_uri).log_batch(self.run_id, metrics=metrics[start : start + MAX_METRICS])
+
+    def log_file(self, path: Path, folder: str) -> None:
+        """Keeps a file as an artifact of the run."""
+        _client(self.tracking_uri).log_artifact(self.run_id, str(path), folder)
+
+    def tag(self, values: Mapping[str, object]) -> None:
+        """Sets tags; an older value is replaced."""
+        client = _client(self.tracking_uri)
+        for name, value in values.items():
+            client.set_tag(self.run_id, name, value)
+
+    def end(self, status: str) -> None:
+        """FINISHED, KILLED or FAILED."""
+        _client(self.tracking_uri).set_terminated(self.run_id, status)
 
     def latest(self) -> dict[str, float]:
         """The last value of every metric."""
@@ -63,48 +98,113 @@ class TrackedRun:
         history = _client(self.tracking_uri).get_metric_history(self.run_id, metric)
         return sorted({each.step: each.value for each in sorted(history, key=lambda each: each.timestamp)}.items())
 
-    def register(self, folder: Path) -> str:
+    def register(self, folder: Path, *, step: int) -> str:
         """Logs a weights folder, registers it as a new version and moves the alias "candidate" to it.
 
-        Returns the version's URI, such as models:/instantbooth/3.
+        Returns the version's URI, such as models:/instantbooth/3. Weights of a step that are registered already are
+        not registered again.
         """
         from mlflow.exceptions import MlflowException
 
         client = _client(self.tracking_uri)
-        client.log_artifacts(self.run_id, str(folder), WEIGHTS)
+        done = client.search_model_versions(f"run_id = '{self.run_id}'")
+        for version in done:
+            if version.tags.get(STEP) == str(step):
+                return f"models:/{MODEL}/{version.version}"
+        client.log_artifacts(self.run_id, str(folder), f"{WEIGHTS}/{step}")
         try:
             client.create_registered_model(MODEL)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        source = f"{client.get_run(self.run_id).info.artifact_uri}/{WEIGHTS}"
-        version = client.create_model_version(MODEL, source, self.run_id).version
-        client.set_registered_model_alias(MODEL, CANDIDATE, version)
-        return f"models:/{MODEL}/{version}"
+        source = f"{client.get_run(self.run_id).info.artifact_uri}/{WEIGHTS}/{step}"
+        number = client.create_model_version(MODEL, source, self.run_id, tags={STEP: str(step)}).version
+        client.set_registered_model_alias(MODEL, CANDIDATE, number)
+        return f"models:/{MODEL}/{number}"
 
 
-@contextmanager
-def tracked_run(tracking_uri: str, name: str, *, artifacts: str | None = None) -> Iterator[TrackedRun]:
-    """The unfinished run of that name, or a new one; FINISHED at the end, KILLED by Ctrl-C, FAILED by an error.
+class Delivery:
+    """Logs beside the training: `log` never waits. What a server that is down misses is tried again while it lasts.
+
+    It opens the run of the output itself, so that it needs no server to begin with.
+    """
+
+    def __init__(self, tracking_uri: str, output: str, *, artifacts: str | None = None) -> None:
+        self._open = (tracking_uri, output, artifacts)
+        self._waiting: dict[int, dict[str, float]] = {}
+        self._news = threading.Condition()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Takes the metrics of a step."""
+        with self._news:
+            self._waiting[step] = {**self._waiting.get(step, {}), **values}
+            self._news.notify()
+
+    def close(self, patience_s: float = 10.0) -> int:
+        """Delivers what is left, for so long; returns the steps that were not delivered."""
+        with self._news:
+            self._closing = True
+            self._news.notify()
+        self._thread.join(patience_s)
+        return len(self._waiting)
+
+    def _run(self) -> None:
+        tracking_uri, output, artifacts = self._open
+        run: TrackedRun | None = None
+        pause_s = 0.0
+        while batch := self._next(pause_s):
+            try:
+                run = run or open_run(tracking_uri, output, artifacts=artifacts)
+                run.log_steps(batch)
+            except TrackingError as error:
+                log.warning("%s", error)
+                pause_s = min(2 * pause_s or 1.0, MAX_PAUSE_S)
+                if self._closing:
+                    return
+                continue
+            pause_s = 0.0
+            with self._news:
+                for step, values in batch.items():
+                    if self._waiting.get(step) == values:
+                        del self._waiting[step]
+
+    def _next(self, pause_s: float) -> dict[int, dict[str, float]]:
+        """What is waiting, once there is something; nothing at the end."""
+        with self._news:
+            self._news.wait_for(lambda: self._closing, timeout=pause_s)
+            self._news.wait_for(lambda: self._waiting or self._closing)
+            return dict(self._waiting)
+
+
+def open_run(tracking_uri: str, output: str, *, artifacts: str | None = None) -> TrackedRun:
+    """The run of that output folder (a URI), or a new one, set running. TrackingError where MLflow cannot be had.
 
     `artifacts` is the URI below which a new experiment keeps its artifacts; None leaves it to the tracking server.
     """
-    client = _client(tracking_uri)
-    found = client.get_experiment_by_name(EXPERIMENT)
-    experiment = found.experiment_id if found else client.create_experiment(EXPERIMENT, artifact_location=artifacts)
-    run = _unfinished_run(client, experiment, name) or client.create_run(
-        experiment, run_name=name, tags={RUN_NAME: name}
-    )
-    client.update_run(run.info.run_id, status="RUNNING")
-    status = "FAILED"
+    with reporting(tracking_uri):
+        client = _client(tracking_uri)
+        found = client.get_experiment_by_name(EXPERIMENT)
+        experiment = found.experiment_id if found else client.create_experiment(EXPERIMENT, artifact_location=artifacts)
+        run = _run_of(client, experiment, output) or client.create_run(
+            experiment, run_name=output.rpartition("/")[2], tags={OUTPUT: output}
+        )
+        client.update_run(run.info.run_id, status="RUNNING")
+        return TrackedRun(tracking_uri=tracking_uri, run_id=run.info.run_id)
+
+
+@contextmanager
+def reporting(tracking_uri: str) -> Iterator[None]:
+    """Raises TrackingError for whatever goes wrong between here and the server."""
     try:
-        yield TrackedRun(tracking_uri=tracking_uri, run_id=run.info.run_id)
-        status = "FINISHED"
-    except KeyboardInterrupt:
-        status = "KILLED"
-        raise
-    finally:
-        client.set_terminated(run.info.run_id, status)
+        yield
+    except Exception as error:
+        # MLflow's own errors, those of its database layer and those of HTTP have no base in common.
+        raise TrackingError(
+            f"MLflow at {tracking_uri} cannot be had ({type(error).__name__}: {error}); start it, or name another"
+        ) from error
 
 
 def resolve_weights(uri: str, tracking_uri: str, folder: Path) -> Path:
@@ -144,6 +244,6 @@ def _client(tracking_uri: str) -> MlflowClient:
     return MlflowClient(tracking_uri, registry_uri=tracking_uri)
 
 
-def _unfinished_run(client: MlflowClient, experiment: str, name: str) -> Run | None:
-    query = f"tags.`{RUN_NAME}` = '{name}' and attributes.status != 'FINISHED'"
+def _run_of(client: MlflowClient, experiment: str, output: str) -> Run | None:
+    query = f"tags.`{OUTPUT}` = '{output}'"
     return next(iter(client.search_runs([experiment], query, max_results=1)), None)

@@ -54,9 +54,8 @@ def project(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Proj
 
 def train_config(project: Project, steps: int) -> TrainConfig:
     return TrainConfig(
-        dataset=f"{project.folder}/curated",
-        storage=f"{project.folder}/train",
-        run_name="short",
+        data=f"{project.folder}/curated",
+        output=f"{project.folder}/train/short",
         model=project.model,
         artifacts=f"{project.folder}/artifacts",
         checkpoint_every=2,
