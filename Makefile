@@ -5,7 +5,7 @@ BIN := .venv/bin
 export DIFFUSERS_DISABLE_REMOTE_CODE := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: demo test test-full lint bench clean
+.PHONY: demo test test-full test-chaos-training lint bench clean
 
 # exec leaves no shell between make and Python: Ctrl-C reaches the driver, which takes its Ray processes down with it.
 demo: .venv/installed
@@ -16,6 +16,10 @@ test: .venv/installed
 
 test-full: .venv/installed
 	$(BIN)/pytest -q --durations=10 -m full
+
+# A training that is killed 36 times: half an hour on two cores.
+test-chaos-training: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m chaos tests/chaos_training
 
 lint: .venv/installed
 	$(BIN)/ruff check
