@@ -258,7 +258,8 @@ def _register(config: TrainConfig, step: int, files: dict[str, bytes], folder: s
             for name, data in files.items():
                 (Path(scratch) / name).write_bytes(data)
             run.tag({"checkpoints": f"{config.output}/checkpoints", "weights": folder})
-            return run.run_id, run.register(Path(scratch), step=step)
+            model = {"base": config.model.base, "image_encoder": config.model.image_encoder}
+            return run.run_id, run.register(Path(scratch), step=step, **model)
     except TrackingError as error:
         log.warning("%s; the weights are not registered, and the same command registers them", error)
         return "", folder

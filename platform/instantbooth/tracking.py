@@ -26,6 +26,11 @@ EXPERIMENT = "instantbooth"
 MODEL = "instantbooth"
 CANDIDATE = "candidate"
 """Alias of the newest version of the registered model."""
+CHAMPION = "champion"
+"""Alias of the version that passed its examination last."""
+BASE = "instantbooth.base"
+IMAGE_ENCODER = "instantbooth.image_encoder"
+"""Tags of a version: the model that its weights belong to."""
 WEIGHTS = "weights"
 """Artifact path of the servable weights folder inside a run."""
 OUTPUT = "instantbooth.output"
@@ -98,9 +103,10 @@ class TrackedRun:
         history = _client(self.tracking_uri).get_metric_history(self.run_id, metric)
         return sorted({each.step: each.value for each in sorted(history, key=lambda each: each.timestamp)}.items())
 
-    def register(self, folder: Path, *, step: int) -> str:
+    def register(self, folder: Path, *, step: int, base: str, image_encoder: str | None = None) -> str:
         """Logs a weights folder, registers it as a new version and moves the alias "candidate" to it.
 
+        `base` and `image_encoder` name the model that the weights belong to, for whoever loads them by URI.
         Returns the version's URI, such as models:/instantbooth/3. Weights of a step that are registered already are
         not registered again.
         """
@@ -117,8 +123,9 @@ class TrackedRun:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
+        tags = {STEP: str(step), BASE: base, IMAGE_ENCODER: image_encoder or ""}
         source = f"{client.get_run(self.run_id).info.artifact_uri}/{WEIGHTS}/{step}"
-        number = client.create_model_version(MODEL, source, self.run_id, tags={STEP: str(step)}).version
+        number = client.create_model_version(MODEL, source, self.run_id, tags=tags).version
         client.set_registered_model_alias(MODEL, CANDIDATE, number)
         return f"models:/{MODEL}/{number}"
 
@@ -207,6 +214,81 @@ def reporting(tracking_uri: str) -> Iterator[None]:
         ) from error
 
 
+@dataclass(frozen=True, kw_only=True)
+class Version:
+    """A registered version of the model."""
+
+    number: str
+    base: str
+    """Preset or folder of the model that it was trained for; empty where that was not noted."""
+    image_encoder: str
+    """Its CLIP folder; empty for the base's own."""
+    name: str = MODEL
+
+    @property
+    def uri(self) -> str:
+        """Such as models:/instantbooth/3."""
+        return f"models:/{self.name}/{self.number}"
+
+
+@dataclass(frozen=True)
+class Registry:
+    """The versions of one tracking server. Every method raises WeightsError for what is not there."""
+
+    tracking_uri: str
+
+    def version(self, which: str, name: str = MODEL) -> Version:
+        """The version of a number or an alias."""
+        from mlflow.exceptions import MlflowException
+
+        client = _client(self.tracking_uri)
+        try:
+            numbered = which.isdigit()
+            found = (
+                client.get_model_version(name, which) if numbered else client.get_model_version_by_alias(name, which)
+            )
+        except MlflowException as error:
+            uri = f"models:/{name}/{which}" if which.isdigit() else f"models:/{name}@{which}"
+            raise WeightsError(
+                f"{uri} cannot be had from {self.tracking_uri}: {error.message}; train and register it"
+            ) from error
+        return Version(
+            number=str(found.version),
+            base=found.tags.get(BASE, ""),
+            image_encoder=found.tags.get(IMAGE_ENCODER, ""),
+            name=name,
+        )
+
+    def champion(self) -> Version | None:
+        """The version that serves; None before the first promotion."""
+        try:
+            return self.version(CHAMPION)
+        except WeightsError:
+            return None
+
+    def point(self, alias: str, version: Version) -> None:
+        """Moves an alias."""
+        _client(self.tracking_uri).set_registered_model_alias(version.name, alias, version.number)
+
+    def note(self, version: Version, **tags: str) -> None:
+        """Sets tags of a version."""
+        for name, value in tags.items():
+            _client(self.tracking_uri).set_model_version_tag(version.name, version.number, name, value)
+
+    def download(self, version: Version, folder: Path) -> Path:
+        """The version's weights as a folder below `folder`."""
+        from mlflow.artifacts import download_artifacts
+        from mlflow.exceptions import MlflowException
+
+        try:
+            source = _client(self.tracking_uri).get_model_version_download_uri(version.name, version.number)
+            return Path(download_artifacts(artifact_uri=source, dst_path=str(folder), tracking_uri=self.tracking_uri))
+        except (MlflowException, OSError) as error:
+            raise WeightsError(
+                f"{version.uri} cannot be downloaded from {self.tracking_uri} ({error}); check its artifact store"
+            ) from error
+
+
 def resolve_weights(uri: str, tracking_uri: str, folder: Path) -> Path:
     """The local folder of weights at a plain path, or of models:/name/version and models:/name@alias.
 
@@ -218,21 +300,15 @@ def resolve_weights(uri: str, tracking_uri: str, folder: Path) -> Path:
         if not path.is_dir():
             raise WeightsError(f"{uri} is no folder; name a weights folder, or models:/{MODEL}@{CANDIDATE}")
         return path
-    from mlflow.artifacts import download_artifacts
-    from mlflow.exceptions import MlflowException
+    return Registry(tracking_uri).download(resolve_version(uri, tracking_uri), folder)
 
+
+def resolve_version(uri: str, tracking_uri: str) -> Version:
+    """The version that models:/name/version or models:/name@alias names now. WeightsError where there is none."""
     parts = MODEL_URI.fullmatch(uri)
     if not parts:
         raise WeightsError(f"{uri} names no version; write models:/{MODEL}/1 or models:/{MODEL}@{CANDIDATE}")
-    client = _client(tracking_uri)
-    try:
-        version = parts["version"] or client.get_model_version_by_alias(parts["name"], parts["alias"]).version
-        source = client.get_model_version_download_uri(parts["name"], str(version))
-        return Path(download_artifacts(artifact_uri=source, dst_path=str(folder), tracking_uri=tracking_uri))
-    except MlflowException as error:
-        raise WeightsError(
-            f"{uri} cannot be had from {tracking_uri}: {error.message}; train and register it"
-        ) from error
+    return Registry(tracking_uri).version(parts["version"] or parts["alias"], parts["name"])
 
 
 def _client(tracking_uri: str) -> MlflowClient:
