@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from jobs import cli
 from jobs.benchmarks.adapter import adapter
+from jobs.benchmarks.feed import feed
+from jobs.benchmarks.train import train
 
 if __name__ == "__main__":
-    cli.commands({"adapter": adapter}, __doc__)
+    cli.commands({"adapter": adapter, "feed": feed, "train": train}, __doc__)

@@ -10,7 +10,15 @@ from typing import Annotated, TypeVar
 
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from instantbooth.errors import InstantBoothError, StoppedError
 
@@ -62,7 +70,7 @@ def following(title: str, total: int, look: Callable[[], tuple[int, str]]) -> It
             progress.update(bar, completed=done, word=word)
 
     columns = (TextColumn("{task.description:12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("{task.fields[word]}")) as progress:
+    with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[word]}")) as progress:
         bar = progress.add_task(title, total=total, word="")
         follower = threading.Thread(target=follow, args=(progress, bar), daemon=True)
         follower.start()

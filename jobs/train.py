@@ -33,17 +33,19 @@ from instantbooth.storage import FileStore, open_store, patiently
 from instantbooth.tracking import TrackedRun, open_run, reporting
 from instantbooth.training.adapters import AdapterTrainingConfig, ExamplePreparer
 from instantbooth.training.checkpoints import log_lines
-from instantbooth.training.session import WEIGHTS
+from instantbooth.training.session import WEIGHTS, check_order
 from jobs import cli
 from jobs.cluster import ROOT, ray_cluster
 from pipelines.feed import Shards
 from pipelines.model import ModelConfig
-from pipelines.trainer import LOG, Ending, Monitor, TrainConfig, TrainingJob, ValidationConfig, train_worker
+from pipelines.trainer import LOG, PICTURES, Ending, Monitor, TrainConfig, TrainingJob, ValidationConfig, train_worker
 
 PRESETS = {
     "miniature": (
         "The miniature, onwards from its shipped weights: minutes on two cores.",
-        TrainConfig(data=tyro.MISSING, output=tyro.MISSING, validation=ValidationConfig(every=100)),
+        TrainConfig(
+            data=tyro.MISSING, output=tyro.MISSING, validation=ValidationConfig(every=100, pictures=4, identities=8)
+        ),
     ),
     "sd15": (
         "Stable Diffusion 1.5 from closed gates, with the paper's hyperparameters: four GPUs.",
@@ -55,7 +57,7 @@ PRESETS = {
             workers=4,
             gpus_per_worker=1,
             checkpoint_every=1000,
-            validation=ValidationConfig(every=1000),
+            validation=ValidationConfig(every=1000, pictures=4),
             adapters=AdapterTrainingConfig(
                 steps=320_000,
                 batch_size=16,
@@ -96,6 +98,7 @@ def train(config: TrainConfig) -> TrainReport:
     """
     shards = Shards.of(config.data)
     check_cluster(config)
+    done = _done(config, shards)
     booth = config.start(device="cpu")
     preparer = ExamplePreparer(
         tokenizer=booth.base.tokenizer,
@@ -104,7 +107,7 @@ def train(config: TrainConfig) -> TrainReport:
     )
     job = TrainingJob(config=config, shards=shards, prepare=preparer)
     with _tracked(config, shards):
-        if not _finished(config):
+        if done < config.adapters.steps:
             _raise_for(_fit(job))
         step, files = _weights_of(config)
         folder = _write_weights(config, files)
@@ -189,9 +192,13 @@ def _raise_for(ending: Ending) -> None:
         raise StoppedError(f"asked to stop, and saved step {ending.step}; the same command goes on from there")
 
 
-def _finished(config: TrainConfig) -> bool:
+def _done(config: TrainConfig, shards: Shards) -> int:
+    """Steps that the output holds already. TrainingError where they are of another training."""
     found = config.checkpoints().latest()
-    return found is not None and found[0].step >= config.adapters.steps
+    if found is None:
+        return 0
+    check_order(found[1], config.fingerprint(shards))
+    return found[0].step
 
 
 def _weights_of(config: TrainConfig) -> tuple[int, dict[str, bytes]]:
@@ -246,8 +253,10 @@ def _tracked(config: TrainConfig, shards: Shards) -> Iterator[None]:
 
 def _deliver(config: TrainConfig, run: TrackedRun) -> None:
     """Logs what the training's own log has and the run has not."""
-    lines = log_lines(open_store(config.output), LOG)
-    run.deliver({step: line["metrics"] for step, line in lines.items()})
+    store = open_store(config.output)
+    run.deliver({step: line["metrics"] for step, line in log_lines(store, LOG).items()})
+    missing = set(store.list(f"{PICTURES}/")) - run.kept(PICTURES)
+    run.keep({key: patiently(partial(store.get, key)) for key in missing})
 
 
 def _register(config: TrainConfig, step: int, files: dict[str, bytes], folder: str) -> tuple[str, str]:

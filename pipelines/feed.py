@@ -164,9 +164,14 @@ def sample_name(sample: int) -> str:
 def first_examples(feed: TrainingFeed, count: int) -> dict[str, Tensor]:
     """The first rows of the shards as one batch, augmented the same way every time; for validation."""
     examples = Examples(feed=feed, start=0, stop=0, steps_per_task=0, share=(0, 1))
-    rows = (row for uri in feed.shards.uris for row in _table(uri).to_pylist())
+    rows = (row for uri in feed.shards.uris for row in shard_rows(uri))
     made = [examples._example(row, 0) for row, _ in zip(rows, range(count), strict=False)]
     return {name: torch.from_numpy(np.stack([each[name] for each in made])) for name in made[0]}
+
+
+def shard_rows(uri: str) -> list[dict[str, Any]]:
+    """A shard's rows, columns of SCHEMA and what was precomputed."""
+    return _table(uri).to_pylist()
 
 
 @functools.lru_cache(maxsize=1)

@@ -14,7 +14,7 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -34,6 +34,7 @@ from instantbooth.training.session import ComputeConfig, Outcome, TrainingSessio
 from pipelines.curation.shards import VALIDATION
 from pipelines.feed import Shards, TrainingFeed, first_examples, sample_name
 from pipelines.model import ModelConfig
+from pipelines.probe import judged, png_of, validation_pictures
 
 LOG = "log/"
 PICTURES = "pictures"
@@ -48,11 +49,16 @@ class ValidationConfig:
     """Steps between validations; 0 for none."""
     pairs: int = 32
     """Text-image pairs of the validation split whose loss is measured at fixed noise and timesteps."""
+    pictures: int = 0
+    """Of so many of them, pictures at fixed seeds are made each time: <output>/pictures."""
+    identities: int = 0
+    """So many of the miniature's validation identities are generated and judged each time; 0 for other bases."""
 
     def __post_init__(self) -> None:
-        if self.every < 0 or self.pairs < 1:
+        if min(self.every, self.pictures, self.identities) < 0 or self.pairs < 1:
             raise ParameterError(
-                f"validation needs every ≥ 0 and pairs ≥ 1, are {self.every} and {self.pairs}; 0 turns it off"
+                f"validation needs pairs ≥ 1 and nothing negative, has every {self.every}, pairs {self.pairs}, "
+                f"pictures {self.pictures}, identities {self.identities}; every 0 turns it off"
             )
 
 
@@ -228,7 +234,7 @@ class Worker:
             outcome = session.advance(batch, stop=bool(ray.wait([stopping], timeout=0)[0]))
             metrics = self._metrics(outcome)
             if self.config.validation.every and session.step % self.config.validation.every == 0:
-                metrics |= self._validate()
+                metrics |= self._validate(delivery)
             self._note(batch, outcome, metrics, delivery)
             ending = self._ending(outcome)
             last = session.step == steps or ending.stopped or bool(ending.failure)
@@ -238,31 +244,17 @@ class Worker:
                 break
         self.saver.wait()
         undelivered = delivery.close() if delivery else 0
-        return Ending(**(asdict(ending) | {"undelivered": undelivered}))
+        return replace(ending, undelivered=undelivered)
 
     def _batches(self, steps: int) -> Iterator[dict[str, Tensor]]:
-        feed = training_feed(self.job)
-        batches = feed.batches(self.session.step, steps, rank=self.rank, world=self.world)
-        shapes = self._shapes()
+        batches = training_feed(self.job).batches(self.session.step, steps, rank=self.rank, world=self.world)
         began = time.perf_counter()
         while (batch := next(batches, None)) is not None:
             waited = time.perf_counter() - began
-            yield {
-                name: values.float().unflatten(1, shapes[name]) if name in shapes else values
-                for name, values in batch.items()
-            }
+            yield shaped(batch, self.session.booth)
             self.seconds["waiting"] += waited
             self.seconds["all"] += time.perf_counter() - began
             began = time.perf_counter()
-
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        """What precomputed columns hold."""
-        base = self.session.booth.base
-        side = int(base.unet.config.sample_size)
-        return {
-            "latents": (int(base.unet.config.in_channels), side, side),
-            "prompt_embeds": (int(base.tokenizer.model_max_length), base.text_width),
-        }
 
     def _metrics(self, outcome: Outcome) -> dict[str, float]:
         """What every step tells. Rates are of all steps since the last checkpoint."""
@@ -278,19 +270,30 @@ class Worker:
             metrics["waiting_for_data"] = self.seconds["waiting"] / seconds
         return metrics
 
-    def _validate(self) -> dict[str, float]:
+    def _validate(self, delivery: Delivery | None) -> dict[str, float]:
         """The first worker measures, the others meet it at the next step."""
-        if self.rank:
+        if not delivery:
             return {}
+        settings = self.config.validation
         if self.validation is None:
             self.validation = validation_batch(self.job)
-        return self.session.validation_loss(self.validation) if self.validation else {}
+        metrics = self.session.validation_loss(self.validation) if self.validation else {}
+        with self.session.averaged() as booth:
+            shards = Shards.of(self.config.data, VALIDATION)
+            sheet = validation_pictures(booth, shards, settings.pictures) if settings.pictures else None
+            if settings.identities:
+                metrics |= judged(booth, settings.identities)
+        if sheet:
+            key, data = f"{PICTURES}/{self.session.step:09d}.png", png_of(sheet)
+            patiently(partial(self.store.put, key, data))
+            delivery.keep(key, data)
+        return metrics
 
     def _note(
         self, batch: dict[str, Tensor], outcome: Outcome, metrics: dict[str, float], delivery: Delivery | None
     ) -> None:
-        line = {"step": self.session.step, "samples": batch["sample"].tolist(), "skipped": outcome.skipped}
-        self.lines.append(line | {"metrics": metrics})
+        line = {"step": self.session.step, "time": time.time(), "samples": batch["sample"].tolist()}
+        self.lines.append(line | {"skipped": outcome.skipped, "metrics": metrics})
         if delivery:
             delivery.log(metrics, self.session.step)
             if time.perf_counter() - self.reported > REPORT_EVERY_S:
@@ -306,7 +309,8 @@ class Worker:
                 f"{guard.max_skipped} may be; lower the learning rates, or look at the samples in {self.config.output}/"
                 f"{LOG} that say so"
             )
-        return Ending(step=self.session.step, stopped=outcome.stop, failure=failure)
+        stopped = outcome.stop and self.session.step < self.config.adapters.steps
+        return Ending(step=self.session.step, stopped=stopped, failure=failure)
 
     def _save(self) -> None:
         """Hands what is to be saved to the saver; the samples of every worker go into the log."""
@@ -330,6 +334,18 @@ class Worker:
         if self.rank:
             return None
         return Delivery(self.config.model.tracking_uri, self.config.run, artifacts=self.config.artifacts)
+
+
+def shaped(batch: dict[str, Tensor], booth: Personalizer) -> dict[str, Tensor]:
+    """A batch whose precomputed columns have their shapes: latents [b, C, h, w], prompt_embeds [b, T, W]."""
+    side = int(booth.base.unet.config.sample_size)
+    shapes = {
+        "latents": (int(booth.base.unet.config.in_channels), side, side),
+        "prompt_embeds": (int(booth.base.tokenizer.model_max_length), booth.base.text_width),
+    }
+    return {
+        name: values.float().unflatten(1, shapes[name]) if name in shapes else values for name, values in batch.items()
+    }
 
 
 def training_feed(job: TrainingJob) -> TrainingFeed:

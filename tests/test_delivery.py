@@ -15,11 +15,13 @@ STEPS = {step: {"step": float(step), "loss": 1 / step} for step in range(1, 301)
 
 def test_metrics_arrive_in_one_run_whoever_opens_it(tmp_path: Path) -> None:
     tracking_uri, output = f"sqlite:///{tmp_path}/mlflow.db", "s3://bucket/run"
-    delivery = Delivery(tracking_uri, output)
+    delivery = Delivery(tracking_uri, output, artifacts=(tmp_path / "artifacts").as_uri())
     for step, values in STEPS.items():
         delivery.log(values, step)
+    delivery.keep("pictures/000000100.png", b"PNG")
     assert delivery.close(60) == 0
     run = open_run(tracking_uri, output)
+    assert run.kept("pictures") == {"pictures/000000100.png"}
     assert dict(run.curve("loss")) == {step: values["loss"] for step, values in STEPS.items()}
     assert run.deliver(STEPS | {301: {"step": 301.0, "loss": 0.5}}) == 1
     assert run.deliver(STEPS) == 0

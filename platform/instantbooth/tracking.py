@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -80,9 +81,18 @@ class TrackedRun:
             with reporting(self.tracking_uri):
                 _client(self.tracking_uri).log_batch(self.run_id, metrics=metrics[start : start + MAX_METRICS])
 
-    def log_file(self, path: Path, folder: str) -> None:
-        """Keeps a file as an artifact of the run."""
-        _client(self.tracking_uri).log_artifact(self.run_id, str(path), folder)
+    def keep(self, files: Mapping[str, bytes]) -> None:
+        """Keeps files as artifacts of the run, by their keys."""
+        with reporting(self.tracking_uri), tempfile.TemporaryDirectory() as scratch:
+            for key, data in files.items():
+                folder, _, name = key.rpartition("/")
+                path = Path(scratch) / name
+                path.write_bytes(data)
+                _client(self.tracking_uri).log_artifact(self.run_id, str(path), folder or None)
+
+    def kept(self, folder: str) -> set[str]:
+        """Keys of the artifacts in a folder."""
+        return {each.path for each in _client(self.tracking_uri).list_artifacts(self.run_id, folder)}
 
     def tag(self, values: Mapping[str, object]) -> None:
         """Sets tags; an older value is replaced."""
@@ -139,6 +149,7 @@ class Delivery:
     def __init__(self, tracking_uri: str, output: str, *, artifacts: str | None = None) -> None:
         self._open = (tracking_uri, output, artifacts)
         self._waiting: dict[int, dict[str, float]] = {}
+        self._files: dict[str, bytes] = {}
         self._news = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -148,6 +159,12 @@ class Delivery:
         """Takes the metrics of a step."""
         with self._news:
             self._waiting[step] = {**self._waiting.get(step, {}), **values}
+            self._news.notify()
+
+    def keep(self, key: str, data: bytes) -> None:
+        """Takes a file to keep as an artifact."""
+        with self._news:
+            self._files[key] = data
             self._news.notify()
 
     def close(self, patience_s: float = 10.0) -> int:
@@ -162,10 +179,12 @@ class Delivery:
         tracking_uri, output, artifacts = self._open
         run: TrackedRun | None = None
         pause_s = 0.0
-        while batch := self._next(pause_s):
+        while any(news := self._next(pause_s)):
+            batch, files = news
             try:
                 run = run or open_run(tracking_uri, output, artifacts=artifacts)
                 run.log_steps(batch)
+                run.keep(files)
             except TrackingError as error:
                 log.warning("%s", error)
                 pause_s = min(2 * pause_s or 1.0, MAX_PAUSE_S)
@@ -177,13 +196,15 @@ class Delivery:
                 for step, values in batch.items():
                     if self._waiting.get(step) == values:
                         del self._waiting[step]
+                for key in files:
+                    del self._files[key]
 
-    def _next(self, pause_s: float) -> dict[int, dict[str, float]]:
-        """What is waiting, once there is something; nothing at the end."""
+    def _next(self, pause_s: float) -> tuple[dict[int, dict[str, float]], dict[str, bytes]]:
+        """The metrics and files that wait, once there are some; nothing at the end."""
         with self._news:
             self._news.wait_for(lambda: self._closing, timeout=pause_s)
-            self._news.wait_for(lambda: self._waiting or self._closing)
-            return dict(self._waiting)
+            self._news.wait_for(lambda: self._waiting or self._files or self._closing)
+            return dict(self._waiting), dict(self._files)
 
 
 def open_run(tracking_uri: str, output: str, *, artifacts: str | None = None) -> TrackedRun:

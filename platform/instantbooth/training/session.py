@@ -21,6 +21,7 @@ from instantbooth.training.ema import EMA
 from instantbooth.training.guard import Guard
 
 STATE = "state.pt"
+ORDER = "order.txt"
 WEIGHTS = "weights"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -146,7 +147,6 @@ class TrainingSession:
         """Copies the state now; what it returns makes files of the copy, at leisure and in any thread."""
         state = _copied(
             {
-                "fingerprint": self.fingerprint,
                 "step": self.step,
                 "trained": self.booth.trained.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
@@ -163,18 +163,15 @@ class TrainingSession:
             buffer = io.BytesIO()
             torch.save(state, buffer)
             named = weights_files(config, weights).items()
-            return {STATE: buffer.getvalue(), **{f"{WEIGHTS}/{name}": data for name, data in named}}
+            order = {ORDER: self.fingerprint.encode()}
+            return order | {STATE: buffer.getvalue()} | {f"{WEIGHTS}/{name}": data for name, data in named}
 
         return files
 
     def restore(self, files: Mapping[str, bytes]) -> None:
         """Takes up a checkpoint. TrainingError for one of a training whose samples come in another order."""
+        check_order(files, self.fingerprint)
         state = torch.load(io.BytesIO(files[STATE]), map_location="cpu", weights_only=True)
-        if state["fingerprint"] != self.fingerprint:
-            raise TrainingError(
-                f"the output holds a run with {state['fingerprint']}, not {self.fingerprint}; its samples come in "
-                "another order: give it its own data, seed and batch size, or name a new output"
-            )
         self.booth.trained.load_state_dict(state["trained"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.ema.load_state_dict(state["ema"])
@@ -224,6 +221,16 @@ class TrainingSession:
     def _autocast(self) -> torch.autocast:
         dtype = DTYPES[self.compute.precision]
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def check_order(files: Mapping[str, bytes], fingerprint: str) -> None:
+    """TrainingError for a checkpoint of a training whose samples come in another order."""
+    found = files[ORDER].decode()
+    if found != fingerprint:
+        raise TrainingError(
+            f"the output holds a run with {found}, not {fingerprint}; its samples come in another order: give it its "
+            "own data, seed and batch size, or name a new output"
+        )
 
 
 def _copied(value: Any) -> Any:
