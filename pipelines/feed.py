@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from instantbooth.errors import MissingObjectError, StorageError, TrainingError
@@ -81,7 +82,7 @@ class TrainingFeed:
 
     def order(self) -> SampleOrder:
         """Which sample comes when."""
-        return SampleOrder(rows=self.shards.rows, seed=self.seed)
+        return _order(self.shards.rows, self.seed)
 
     def batches(self, start: int, stop: int, *, rank: int = 0, world: int = 1) -> Iterator[dict[str, Tensor]]:
         """This rank's share of the batches of steps start … stop − 1, in order.
@@ -111,7 +112,7 @@ class TrainingFeed:
         ray.data.DataContext.get_current().execution_options.preserve_order = True
         tasks = -(-(stop - start) // steps_per_task)
         examples = Examples(feed=self, start=start, stop=stop, steps_per_task=steps_per_task, share=(rank, world))
-        return ray.data.range(tasks, override_num_blocks=tasks).flat_map(examples)
+        return ray.data.range(tasks, override_num_blocks=tasks).map_batches(examples, batch_size=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,17 +126,27 @@ class Examples:
     share: tuple[int, int]
     """(rank, world)."""
 
-    def __call__(self, task: dict[str, int]) -> Iterator[dict[str, Any]]:
-        order, (rank, world) = _order(self.feed.shards.rows, self.feed.seed), self.share
-        first = self.start + int(task["id"]) * self.steps_per_task
-        for step in range(first, min(first + self.steps_per_task, self.stop)):
-            for position in order.batch(step, self.feed.batch_size, rank=rank, world=world):
-                place = order.place(position)
-                row = _shard(self.feed.shards.uris[place.shard]).slice(place.row, 1).to_pylist()[0]
-                yield self._example(row, place.epoch) | {
-                    "position": np.int64(position),
-                    "sample": np.int64(int(row["id"][:15], 16)),
-                }
+    def __call__(self, tasks: dict[str, NDArray[np.int64]]) -> dict[str, NDArray[np.generic]]:
+        """The examples of these tasks, stacked in order."""
+        order, (rank, world) = self.feed.order(), self.share
+        made = [
+            self.at(order, position)
+            for task in tasks["id"].tolist()
+            for step in range(*self._steps(task))
+            for position in order.batch(step, self.feed.batch_size, rank=rank, world=world)
+        ]
+        return {name: np.stack([each[name] for each in made]) for name in made[0]}
+
+    def at(self, order: SampleOrder, position: int) -> dict[str, Any]:
+        """The example at a position of the training."""
+        place = order.place(position)
+        row = _shard(self.feed.shards.uris[place.shard]).slice(place.row, 1).to_pylist()[0]
+        number = {"position": np.int64(position), "sample": np.int64(int(row["id"][:15], 16))}
+        return self._example(row, place.epoch) | number
+
+    def _steps(self, task: int) -> tuple[int, int]:
+        first = self.start + task * self.steps_per_task
+        return first, min(first + self.steps_per_task, self.stop)
 
     def _example(self, row: dict[str, Any], epoch: int) -> dict[str, Any]:
         example = self.feed.prepare(

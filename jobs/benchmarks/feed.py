@@ -48,9 +48,8 @@ class Positions(Dataset[dict[str, torch.Tensor]]):
         return self.count
 
     def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
-        single = TrainingFeed(shards=self.feed.shards, prepare=self.feed.prepare, seed=self.feed.seed, batch_size=1)
-        (example,) = Examples(feed=single, start=position, stop=position + 1, steps_per_task=1, share=(0, 1))({"id": 0})
-        return {name: torch.as_tensor(value) for name, value in example.items()}
+        examples = Examples(feed=self.feed, start=0, stop=0, steps_per_task=0, share=(0, 1))
+        return {name: torch.as_tensor(value) for name, value in examples.at(self.feed.order(), position).items()}
 
 
 def feed(options: cli.Flat[FeedBenchmark]) -> None:

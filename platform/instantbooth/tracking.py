@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import tempfile
+import textwrap
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -228,11 +229,12 @@ def reporting(tracking_uri: str) -> Iterator[None]:
     """Raises TrackingError for whatever goes wrong between here and the server."""
     try:
         yield
+    except TrackingError:
+        raise
     except Exception as error:
         # MLflow's own errors, those of its database layer and those of HTTP have no base in common.
-        raise TrackingError(
-            f"MLflow at {tracking_uri} cannot be had ({type(error).__name__}: {error}); start it, or name another"
-        ) from error
+        told = textwrap.shorten(f"{type(error).__name__}: {error}", 160, placeholder=" …")
+        raise TrackingError(f"MLflow at {tracking_uri} cannot be had ({told}); start it, or name another") from error
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -166,7 +166,7 @@ class AdapterObjective(nn.Module):
 
     def draw_at(self, positions: Tensor) -> Draws:
         """Random numbers of the samples at these positions of the training: each depends on its own position alone."""
-        draws = [self.draw(1, _generator(self.config.seed, int(position))) for position in positions]
+        draws = [self.draw(1, _generator(self.config.seed, position)) for position in positions.tolist()]
         return Draws(**{part.name: torch.cat([getattr(each, part.name) for each in draws]) for part in fields(Draws)})
 
     def fixed_draws(self, rows: int, timestep: int) -> Draws:
