@@ -284,15 +284,21 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, object]:
 
 def _provenance() -> dict[str, object]:
     """Which code, on which machine."""
-    revision = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
     return {
-        "code": revision.stdout.strip() or "not under version control",
+        "code": _revision(),
         "machine": f"{platform.node()}, {platform.processor() or platform.machine()}",
         "torch": torch.__version__,
         "ray": ray.__version__,
     }
+
+
+def _revision() -> str:
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "not under version control"
+    return said.stdout.strip()
 
 
 def run(config: TrainConfig) -> TrainReport:

@@ -14,7 +14,7 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -167,8 +167,6 @@ class Ending:
     """How a training ended."""
 
     step: int
-    undelivered: int = 0
-    """Steps whose metrics MLflow did not get."""
     stopped: bool = False
     """Because it was asked to."""
     failure: str = ""
@@ -243,8 +241,10 @@ class Worker:
             if last:
                 break
         self.saver.wait()
-        undelivered = delivery.close() if delivery else 0
-        return replace(ending, undelivered=undelivered)
+        if delivery:
+            # What it could not deliver the driver takes from the log.
+            delivery.close()
+        return ending
 
     def _batches(self, steps: int) -> Iterator[dict[str, Tensor]]:
         batches = training_feed(self.job).batches(self.session.step, steps, rank=self.rank, world=self.world)

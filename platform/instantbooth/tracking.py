@@ -57,13 +57,14 @@ class TrackedRun:
 
     def log_parameters(self, values: Mapping[str, object]) -> None:
         """Logs parameters. One that a restart has changed keeps its first value; the new one becomes a tag."""
+        from mlflow.entities import Param
+
         client = _client(self.tracking_uri)
         known = client.get_run(self.run_id).data.params
-        for name, value in values.items():
-            if name not in known:
-                client.log_param(self.run_id, name, value)
-            elif known[name] != str(value):
-                client.set_tag(self.run_id, f"restarted_with.{name}", value)
+        new = [Param(name, str(value)) for name, value in values.items() if name not in known]
+        client.log_batch(self.run_id, params=new)
+        changed = {name: value for name, value in values.items() if known.get(name, str(value)) != str(value)}
+        self.tag({f"restarted_with.{name}": value for name, value in changed.items()})
 
     def deliver(self, steps: Mapping[int, Mapping[str, float]]) -> int:
         """Logs the metrics of those steps that the run lacks, by its metric "step"; returns how many these were."""
@@ -104,10 +105,6 @@ class TrackedRun:
     def end(self, status: str) -> None:
         """FINISHED, KILLED or FAILED."""
         _client(self.tracking_uri).set_terminated(self.run_id, status)
-
-    def latest(self) -> dict[str, float]:
-        """The last value of every metric."""
-        return dict(_client(self.tracking_uri).get_run(self.run_id).data.metrics)
 
     def curve(self, metric: str) -> list[tuple[int, float]]:
         """(step, value) of a metric in the order of steps; of a step logged twice the later value."""
