@@ -33,7 +33,8 @@ from pipelines.ingest import MANIFEST
 
 Prepare = Callable[..., dict[str, Any]]
 
-ROWS_PER_TASK = 32
+TASK_BYTES = 16 * 2**20
+MAX_ROWS_PER_TASK = 256
 SEGMENT_TASKS = 512
 """Tasks of one Ray Data execution. Planning more takes long; starting the next takes seconds, so not fewer either."""
 PREFETCHED_BATCHES = 2
@@ -77,6 +78,8 @@ class TrainingFeed:
     seed: int
     batch_size: int
     """Of a step, over all workers."""
+    rows_per_task: int = 32
+    """Examples that one task prepares."""
     precomputed: bool = False
     """Whether latents and prompt embeddings are taken from the shards, where ingestion put them."""
 
@@ -91,7 +94,7 @@ class TrainingFeed:
         Raises TrainingError rather than hand over another batch than the one that is due.
         """
         share = self.batch_size // world
-        steps_per_task = max(1, ROWS_PER_TASK // share)
+        steps_per_task = max(1, self.rows_per_task // share)
         order = self.order()
         step = start
         for segment in range(start, stop, SEGMENT_TASKS * steps_per_task):
@@ -165,6 +168,15 @@ class Examples:
             del example["pixel_values"]
             example |= {name: np.frombuffer(row[name], np.float16) for name in PRECOMPUTED}
         return example
+
+
+def rows_per_task(image_size: int, encoder_size: int) -> int:
+    """How many examples of pictures of these sides (pixels) a task prepares: small ones are made faster than tasks.
+
+    Measured on the miniature's: at 32, a task of 30 ms, the feed made 516 samples/s where a DataLoader made 869.
+    """
+    example_bytes = 4 * 3 * (image_size**2 + encoder_size**2)
+    return max(1, min(TASK_BYTES // example_bytes, MAX_ROWS_PER_TASK))
 
 
 def sample_name(sample: int) -> str:

@@ -32,7 +32,7 @@ from instantbooth.training.adapters import AdapterTrainingConfig, ExamplePrepare
 from instantbooth.training.checkpoints import Checkpoints, Saver, log_bytes
 from instantbooth.training.session import ComputeConfig, Outcome, TrainingSession
 from pipelines.curation.shards import VALIDATION
-from pipelines.feed import Shards, TrainingFeed, first_examples, sample_name
+from pipelines.feed import Shards, TrainingFeed, first_examples, rows_per_task, sample_name
 from pipelines.model import ModelConfig
 from pipelines.probe import judged, png_of, validation_pictures
 
@@ -355,6 +355,7 @@ def training_feed(job: TrainingJob) -> TrainingFeed:
         prepare=job.prepare,
         seed=job.config.adapters.seed,
         batch_size=job.config.adapters.batch_size,
+        rows_per_task=rows_per_task(job.prepare.image_size, job.prepare.encoder_size),
         precomputed=job.config.precomputed,
     )
 

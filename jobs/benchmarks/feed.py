@@ -18,7 +18,7 @@ from instantbooth.training.adapters import ExamplePreparer
 from jobs import cli
 from jobs.benchmarks.timing import machine
 from jobs.cluster import ray_cluster
-from pipelines.feed import Examples, Shards, TrainingFeed
+from pipelines.feed import Examples, Shards, TrainingFeed, rows_per_task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,11 +55,13 @@ class Positions(Dataset[dict[str, torch.Tensor]]):
 def feed(options: cli.Flat[FeedBenchmark]) -> None:
     """Prints samples/s of both, their ratio, and the time to the first batch as JSON."""
     model = preset("miniature")
+    preparer = ExamplePreparer.for_model(model.base, model.image_encoder)
     ours = TrainingFeed(
         shards=Shards.of(options.data),
-        prepare=ExamplePreparer.for_model(model.base, model.image_encoder),
+        prepare=preparer,
         seed=0,
         batch_size=options.batch_size,
+        rows_per_task=rows_per_task(preparer.image_size, preparer.encoder_size),
     )
     positions = Positions(ours, options.batches * options.batch_size)
     runs: dict[str, list[tuple[float, float]]] = {"feed": [], "dataloader": []}
