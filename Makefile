@@ -5,7 +5,7 @@ BIN := .venv/bin
 export DIFFUSERS_DISABLE_REMOTE_CODE := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: demo test test-full test-chaos lint bench clean
+.PHONY: demo test test-full test-chaos test-chaos-training test-stack lint bench clean
 
 # exec leaves no shell between make and Python: Ctrl-C reaches the driver, which takes its Ray processes down with it.
 demo: .venv/installed
@@ -20,6 +20,14 @@ test-full: .venv/installed
 # Bring an S3 server: AWS_ENDPOINT_URL and its AWS_* credentials. Without one the tests are skipped.
 test-chaos: .venv/installed
 	$(BIN)/pytest -q -s -rs -m chaos tests/chaos
+
+# A training that is killed 36 times: half an hour on two cores.
+test-chaos-training: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m chaos tests/chaos_training
+
+# Ingest, train and promote as Ray jobs, on the S3 that AWS_ENDPOINT_URL names and a tracking server of its own.
+test-stack: .venv/installed
+	PATH=$(CURDIR)/$(BIN):$$PATH infra/stack.sh test
 
 lint: .venv/installed
 	$(BIN)/ruff check

@@ -5,7 +5,9 @@ from __future__ import annotations
 from jobs import cli
 from jobs.benchmarks.adapter import adapter
 from jobs.benchmarks.bulk import bulk
+from jobs.benchmarks.feed import feed
 from jobs.benchmarks.million import million
+from jobs.benchmarks.train import train
 
 if __name__ == "__main__":
-    cli.commands({"adapter": adapter, "bulk": bulk, "million": million}, __doc__)
+    cli.commands({"adapter": adapter, "bulk": bulk, "feed": feed, "million": million, "train": train}, __doc__)

@@ -10,9 +10,17 @@ from typing import Annotated, TypeVar
 
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
-from instantbooth.errors import InstantBoothError
+from instantbooth.errors import InstantBoothError, StoppedError
 
 Config = TypeVar("Config")
 Flat = Annotated[Config, tyro.conf.arg(name="")]
@@ -33,9 +41,15 @@ def commands(runs: Mapping[str, Callable[..., object]], description: str | None)
 
 @contextmanager
 def ending() -> Iterator[None]:
-    """Exit status 2 and one line for a user's error, 130 for Ctrl-C; anything else is a defect with its traceback."""
+    """Exit status 2 and one line for a user's error, 130 for Ctrl-C, 143 for SIGTERM that was heeded.
+
+    Anything else is a defect with its traceback.
+    """
     try:
         yield
+    except StoppedError as error:
+        Console(stderr=True, soft_wrap=True).print(str(error), markup=False, highlight=False)
+        sys.exit(143)
     except InstantBoothError as error:
         # Ray raises a task's error as a subclass whose text is the remote traceback; its cause is the error itself.
         cause = getattr(error, "cause", error)
@@ -56,7 +70,7 @@ def following(title: str, total: int, look: Callable[[], tuple[int, str]]) -> It
             progress.update(bar, completed=done, word=word)
 
     columns = (TextColumn("{task.description:12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("{task.fields[word]}")) as progress:
+    with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[word]}")) as progress:
         bar = progress.add_task(title, total=total, word="")
         follower = threading.Thread(target=follow, args=(progress, bar), daemon=True)
         follower.start()

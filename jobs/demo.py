@@ -121,9 +121,8 @@ def _render(store: FileStore, config: DemoConfig) -> None:
 def _train_config(config: DemoConfig, store: FileStore) -> TrainConfig:
     output = config.output.absolute()
     return TrainConfig(
-        dataset=store.uri("curated"),
-        storage=str(output / "training"),
-        run_name=f"demo-{store.root.name}",
+        data=store.uri("curated"),
+        output=str(output / "training" / f"demo-{store.root.name}"),
         model=config.model,
         artifacts=(output / "mlflow-artifacts").as_uri(),
         adapters=config.training,

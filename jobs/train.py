@@ -1,77 +1,79 @@
-"""Fits adapters and encoders on curated shards, on any number of workers; tracked, checkpointed, registered."""
+"""Fits adapters and encoders on curated shards, on any number of workers; tracked, checkpointed, registered.
+
+The output folder is the run: the same command goes on from its last checkpoint, after a crash or when it is asked to
+stop (SIGTERM saves first). `python -m jobs.train miniature --help` lists every option.
+"""
 
 from __future__ import annotations
 
-import shutil
+import logging
+import platform
+import signal
+import subprocess
 import tempfile
-import time
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import ray.data
+import ray
 import ray.train
 import torch
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer, prepare_model
+import tyro
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import WorkerGroupError
 from rich.console import Console
-from torch import Tensor
 
-from instantbooth.errors import InstantBoothError, ParameterError
-from instantbooth.storage import open_store
-from instantbooth.tracking import TrackedRun, tracked_run
-from instantbooth.training.adapters import AdapterObjective, AdapterTrainingConfig, ExamplePreparer, optimizer_for
-from instantbooth.training.ema import EMA
+from instantbooth.errors import InstantBoothError, ParameterError, StoppedError, TrackingError, TrainingError
+from instantbooth.storage import FileStore, open_store, patiently
+from instantbooth.tracking import TrackedRun, open_run, reporting
+from instantbooth.training.adapters import AdapterTrainingConfig, ExamplePreparer
+from instantbooth.training.checkpoints import log_lines
+from instantbooth.training.session import WEIGHTS, check_order
 from jobs import cli
-from jobs.cluster import ray_cluster
-from pipelines.feed import training_feed
-from pipelines.ingest import IngestReport, read_report
+from jobs.cluster import ROOT, ray_cluster
+from pipelines.feed import Shards
 from pipelines.model import ModelConfig
+from pipelines.trainer import LOG, PICTURES, Ending, Monitor, TrainConfig, TrainingJob, ValidationConfig, train_worker
 
-STATE = "state.pt"
-WEIGHTS = "weights"
+PRESETS = {
+    "miniature": (
+        "The miniature, onwards from its shipped weights: minutes on two cores.",
+        TrainConfig(
+            data=tyro.MISSING, output=tyro.MISSING, validation=ValidationConfig(every=100, pictures=4, identities=8)
+        ),
+    ),
+    "sd15": (
+        "Stable Diffusion 1.5 from closed gates, with the paper's hyperparameters: four GPUs.",
+        TrainConfig(
+            data=tyro.MISSING,
+            output=tyro.MISSING,
+            model=ModelConfig(base="sd15"),
+            fresh=True,
+            workers=4,
+            gpus_per_worker=1,
+            checkpoint_every=1000,
+            validation=ValidationConfig(every=1000, pictures=4),
+            adapters=AdapterTrainingConfig(
+                steps=320_000,
+                batch_size=16,
+                adapter_learning_rate=1e-6,
+                encoder_learning_rate=1e-4,
+                warmup_steps=500,
+                ema_decay=0.9999,
+                text_dropout=0.05,
+                image_dropout=0.05,
+                both_dropout=0.05,
+            ),
+        ),
+    ),
+}
 
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """One training run."""
-
-    dataset: str
-    """URI of an ingestion's output folder."""
-    storage: str = "out/train"
-    """Folder for checkpoints and weights, one subfolder a run; every worker must reach it."""
-    run_name: str | None = None
-    """The name of an earlier run continues that run from its last checkpoint; by default a new run."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    """Base model, weights to start from, and MLflow."""
-    workers: int = 2
-    """Training processes; each takes batch_size / workers examples of a step."""
-    gpus_per_worker: int = 0
-    """GPUs of each worker; with 0 it computes on the CPU."""
-    checkpoint_every: int = 30
-    """Steps between checkpoints."""
-    max_failures: int = 1
-    """Times that all workers are restarted from the last checkpoint after one of them failed."""
-    bfloat16: bool = True
-    """Autocast to bfloat16: twice as fast on GPUs and on CPUs with AVX512-BF16."""
-    artifacts: str | None = None
-    """URI for the artifacts of a new MLflow experiment; by default MLflow's choice."""
-    adapters: AdapterTrainingConfig = field(default_factory=AdapterTrainingConfig)
-    """Steps, batch, learning rates."""
-
-    def __post_init__(self) -> None:
-        if self.workers < 1 or self.checkpoint_every < 1:
-            raise ParameterError(
-                f"workers and checkpoint_every must be at least 1, are {self.workers} and {self.checkpoint_every}"
-            )
-        if self.adapters.batch_size % self.workers:
-            raise ParameterError(
-                f"batch_size {self.adapters.batch_size} must be a multiple of workers {self.workers}; change either"
-            )
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,37 +82,39 @@ class TrainReport:
 
     run_name: str
     run_id: str
-    """MLflow's."""
+    """MLflow's; empty where it could not be had."""
     weights: str
-    """URI of the registered version, such as models:/instantbooth/3."""
-    folder: Path
-    """The same weights as a local folder."""
+    """URI of the registered version, such as models:/instantbooth/3; the folder where MLflow could not be had."""
+    folder: str
+    """The same weights as a folder: a path, or a URI at s3://."""
     steps: int
 
 
 def train(config: TrainConfig) -> TrainReport:
     """Trains on the connected cluster and registers the averaged weights.
 
-    Raises InstantBoothError for a data set, base or weights that cannot be used.
+    Raises InstantBoothError for a data set, base or weights that cannot be used, TrainingError where too many batches
+    were skipped, StoppedError after SIGTERM.
     """
-    name = config.run_name or f"adapters-{datetime.now(UTC):%Y%m%d-%H%M%S}"
-    report = read_report(config.dataset)
+    shards = Shards.of(config.data)
     check_cluster(config)
-    booth = config.model.load(device="cpu")
+    done = _done(config, shards)
+    booth = config.start(device="cpu")
     preparer = ExamplePreparer(
         tokenizer=booth.base.tokenizer,
         image_size=booth.base.image_size,
         encoder_size=booth.image_encoder.size,
     )
-    with tracked_run(config.model.tracking_uri, name, artifacts=config.artifacts) as run:
-        run.log_parameters(asdict(config.adapters) | {"dataset": config.dataset, "workers": config.workers})
-        with _progress(run, config.adapters.steps):
-            result = _fit(config, name, _feed(config, report, preparer), run)
-        folder = Path(config.storage).absolute() / name / WEIGHTS
-        with result.checkpoint.as_directory() as checkpoint:
-            shutil.copytree(Path(checkpoint) / WEIGHTS, folder, dirs_exist_ok=True)
-        version = run.register(folder)
-    return TrainReport(run_name=name, run_id=run.run_id, weights=version, folder=folder, steps=result.metrics["step"])
+    job = TrainingJob(config=config, shards=shards, prepare=preparer)
+    with _tracked(config, shards):
+        if done < config.adapters.steps:
+            _raise_for(_fit(job))
+        step, files = _weights_of(config)
+        folder = _write_weights(config, files)
+        run_id, version = _register(config, step, files, folder)
+    return TrainReport(
+        run_name=config.run.rpartition("/")[2], run_id=run_id, weights=version, folder=folder, steps=step
+    )
 
 
 def check_cluster(config: TrainConfig) -> None:
@@ -123,143 +127,178 @@ def check_cluster(config: TrainConfig) -> None:
             )
 
 
-def _feed(config: TrainConfig, report: IngestReport, preparer: ExamplePreparer) -> ray.data.Dataset:
-    store = open_store(config.dataset)
-    wanted = config.adapters.steps * config.adapters.batch_size
-    # One epoch more than needed: splitting evenly between workers drops a few rows.
-    epochs = -(-wanted // report.splits["train"]) + 1
-    return training_feed(
-        [store.uri(shard) for shard in report.shards], preparer, seed=config.adapters.seed, epochs=epochs
-    )
-
-
-def _fit(config: TrainConfig, name: str, feed: ray.data.Dataset, run: TrackedRun) -> ray.train.Result:
-    trainer = TorchTrainer(
-        train_worker,
-        train_loop_config={"config": config, "run": run},
-        scaling_config=ScalingConfig(
-            num_workers=config.workers,
-            use_gpu=config.gpus_per_worker > 0,
-            resources_per_worker={"GPU": config.gpus_per_worker} if config.gpus_per_worker else {"CPU": 1},
-        ),
-        run_config=RunConfig(
-            name=name,
-            storage_path=str(Path(config.storage).absolute()),
-            failure_config=FailureConfig(max_failures=config.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
-            logging_config=LoggingConfig(log_level="ERROR"),
-        ),
-        datasets={"train": feed},
-    )
-    try:
-        return trainer.fit()
-    except WorkerGroupError as error:
-        for failure in error.worker_failures.values():
-            cause = getattr(failure, "cause", failure)
-            if isinstance(cause, InstantBoothError):
-                raise cause from error
-        raise
-
-
-def train_worker(settings: dict[str, Any]) -> None:
-    """One of the workers: its share of every batch, gradients averaged over all of them."""
-    config: TrainConfig = settings["config"]
-    run: TrackedRun = settings["run"]
-    context = ray.train.get_context()
-    world, rank = context.get_world_size(), context.get_world_rank()
-    device = ray.train.torch.get_device()
-    if device.type == "cpu":
-        torch.set_num_threads(1)
-    objective = AdapterObjective(config.model.load(device=str(device)), config.adapters)
-    model = prepare_model(objective)
-    optimizer = optimizer_for(objective, config.adapters)
-    ema = EMA(objective.trained.parameters(), config.adapters.ema_decay)
-    start = _restore(objective, optimizer, ema)
-    batches = ray.train.get_dataset_shard("train").iter_torch_batches(
-        batch_size=config.adapters.batch_size // world, drop_last=True
-    )
-    began = time.perf_counter()
-    for step, batch in zip(range(start, config.adapters.steps), batches, strict=False):
-        generator = torch.Generator().manual_seed((config.adapters.seed * 1_000_003 + step) * world + rank)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.bfloat16):
-            loss = model(batch, generator)
-        _update(objective, optimizer, loss, config.adapters, step)
-        ema.update(step)
-        done = step + 1
-        # Every rank takes part in the mean.
-        mean = _mean_over_workers(loss.detach(), world)
-        if rank == 0:
-            rate = (done - start) * config.adapters.batch_size / (time.perf_counter() - began)
-            gates = {f"gate/{layer}": gate for layer, gate in objective.gates().items()}
-            run.log_metrics({"step": done, "loss": mean, "samples_per_second": rate} | gates, done)
-        if done % config.checkpoint_every == 0 or done == config.adapters.steps:
-            _report(objective, optimizer, ema, done, mean, rank)
-
-
-def _update(
-    objective: AdapterObjective, optimizer: torch.optim.AdamW, loss: Tensor, config: AdapterTrainingConfig, step: int
-) -> None:
-    rise = min(1.0, (step + 1) / max(config.warmup_steps, 1))
-    peaks = (config.adapter_learning_rate, config.encoder_learning_rate)
-    for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-        group["lr"] = peak * rise
-    optimizer.zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(objective.parameters(), config.clip_norm)
-    optimizer.step()
-
-
-def _mean_over_workers(loss: Tensor, world: int) -> float:
-    if world > 1:
-        torch.distributed.all_reduce(loss)
-    return float(loss) / world
-
-
-def _report(
-    objective: AdapterObjective, optimizer: torch.optim.AdamW, ema: EMA, step: int, loss: float, rank: int
-) -> None:
-    """Every rank reports; rank 0 adds the checkpoint: what training continues from, and the averaged weights."""
-    metrics = {"step": step, "loss": loss}
-    if rank:
-        ray.train.report(metrics)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        state = {
-            "step": step,
-            "trained": objective.trained.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "ema": ema.state_dict(),
-        }
-        torch.save(state, Path(folder) / STATE)
-        ema.swap()
-        objective.booth.save_weights(Path(folder) / WEIGHTS)
-        ema.swap()
-        ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder))
-
-
-def _restore(objective: AdapterObjective, optimizer: torch.optim.AdamW, ema: EMA) -> int:
-    """Takes up the last checkpoint, if there is one; returns the step to go on with."""
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        return 0
-    with checkpoint.as_directory() as folder:
-        state = torch.load(Path(folder) / STATE, map_location="cpu", weights_only=True)
-    objective.trained.load_state_dict(state["trained"])
-    optimizer.load_state_dict(state["optimizer"])
-    ema.load_state_dict(state["ema"])
-    return int(state["step"])
+def _fit(job: TrainingJob) -> Ending:
+    """Runs the workers, restarted as often as max_failures says; a bar follows them."""
+    config = job.config
+    monitor = ray.remote(Monitor).options(num_cpus=0).remote()
+    # Ray Train's own folder stays empty: checkpoints are the run's, and it would resume no data position.
+    with tempfile.TemporaryDirectory() as scratch, _asked_to_stop(monitor):
+        trainer = TorchTrainer(
+            train_worker,
+            train_loop_config={"job": job, "monitor": monitor},
+            scaling_config=ScalingConfig(
+                num_workers=config.workers,
+                use_gpu=config.gpus_per_worker > 0,
+                resources_per_worker={"GPU": config.gpus_per_worker} if config.gpus_per_worker else {"CPU": 1},
+            ),
+            run_config=RunConfig(
+                storage_path=scratch,
+                failure_config=FailureConfig(max_failures=config.max_failures),
+                logging_config=LoggingConfig(log_level="ERROR"),
+            ),
+        )
+        with cli.following("training", config.adapters.steps, lambda: ray.get(monitor.progress.remote())):
+            try:
+                return trainer.fit().return_value
+            except WorkerGroupError as error:
+                for failure in error.worker_failures.values():
+                    cause = getattr(failure, "cause", failure)
+                    if isinstance(cause, InstantBoothError):
+                        raise cause from error
+                raise
 
 
 @contextmanager
-def _progress(run: TrackedRun, steps: int) -> Iterator[None]:
-    """A bar that follows the metrics of the run: the workers are other processes, maybe on other machines."""
-
-    def look() -> tuple[int, str]:
-        latest = run.latest()
-        return int(latest.get("step", 0)), f"loss {latest['loss']:.4f}" if "loss" in latest else "starting workers"
-
-    with cli.following("training", steps, look):
+def _asked_to_stop(monitor: ray.actor.ActorHandle) -> Iterator[None]:
+    """SIGTERM makes the workers save and stop. Only a process's main thread hears signals."""
+    if threading.current_thread() is not threading.main_thread():
         yield
+        return
+    asked = threading.Event()
+    over = threading.Event()
+
+    def tell() -> None:
+        # Not in the handler: it may have interrupted a call into Ray.
+        asked.wait()
+        if not over.is_set():
+            monitor.stop.remote()
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        over.set()
+        asked.set()
+        teller.join()
+
+
+def _raise_for(ending: Ending) -> None:
+    if ending.failure:
+        raise TrainingError(ending.failure)
+    if ending.stopped:
+        raise StoppedError(f"asked to stop, and saved step {ending.step}; the same command goes on from there")
+
+
+def _done(config: TrainConfig, shards: Shards) -> int:
+    """Steps that the output holds already. TrainingError where they are of another training."""
+    found = config.checkpoints().latest()
+    if found is None:
+        return 0
+    check_order(found[1], config.fingerprint(shards))
+    return found[0].step
+
+
+def _weights_of(config: TrainConfig) -> tuple[int, dict[str, bytes]]:
+    """The last step, and the files of its averaged weights."""
+    found = config.checkpoints().latest()
+    if found is None or found[0].step < config.adapters.steps:
+        raise TrainingError(
+            f"the last checkpoint in {config.output} is damaged or gone; run the same command again, which goes on "
+            "from the one before"
+        )
+    prefix = f"{WEIGHTS}/"
+    return found[0].step, {
+        name.removeprefix(prefix): data for name, data in found[1].items() if name.startswith(prefix)
+    }
+
+
+def _write_weights(config: TrainConfig, files: dict[str, bytes]) -> str:
+    """Puts the weights where they are found without their checkpoint, config.json last; the folder."""
+    store = open_store(config.output)
+    for name, data in files.items():
+        patiently(partial(store.put, f"{WEIGHTS}/{name}", data))
+    return str(store.root / WEIGHTS) if isinstance(store, FileStore) else f"{config.output.rstrip('/')}/{WEIGHTS}"
+
+
+@contextmanager
+def _tracked(config: TrainConfig, shards: Shards) -> Iterator[None]:
+    """Opens the run in MLflow and ends it as the training ended; without MLflow the training runs all the same."""
+    try:
+        with reporting(config.model.tracking_uri):
+            run: TrackedRun | None = open_run(config.model.tracking_uri, config.run, artifacts=config.artifacts)
+            run.log_parameters(_flat(asdict(config)) | {"dataset_digest": shards.digest})
+            run.tag(_provenance())
+    except TrackingError as error:
+        log.warning("%s; training goes on, and its metrics are delivered when it is back", error)
+        run = None
+    status = "FAILED"
+    try:
+        yield
+        status = "FINISHED"
+    except (KeyboardInterrupt, StoppedError):
+        status = "KILLED"
+        raise
+    finally:
+        try:
+            with reporting(config.model.tracking_uri):
+                run = run or open_run(config.model.tracking_uri, config.run, artifacts=config.artifacts)
+                _deliver(config, run)
+                run.end(status)
+        except TrackingError as error:
+            log.warning("%s; what it missed is in %s/%s, and the same command delivers it", error, config.output, LOG)
+
+
+def _deliver(config: TrainConfig, run: TrackedRun) -> None:
+    """Logs what the training's own log has and the run has not."""
+    store = open_store(config.output)
+    run.deliver({step: line["metrics"] for step, line in log_lines(store, LOG).items()})
+    missing = set(store.list(f"{PICTURES}/")) - run.kept(PICTURES)
+    run.keep({key: patiently(partial(store.get, key)) for key in missing})
+
+
+def _register(config: TrainConfig, step: int, files: dict[str, bytes], folder: str) -> tuple[str, str]:
+    """MLflow's run and the version of the model; empty and the folder where MLflow cannot be had."""
+    try:
+        with reporting(config.model.tracking_uri), tempfile.TemporaryDirectory() as scratch:
+            run = open_run(config.model.tracking_uri, config.run, artifacts=config.artifacts)
+            for name, data in files.items():
+                (Path(scratch) / name).write_bytes(data)
+            run.tag({"checkpoints": f"{config.output}/checkpoints", "weights": folder})
+            model = {"base": config.model.base, "image_encoder": config.model.image_encoder}
+            return run.run_id, run.register(Path(scratch), step=step, **model)
+    except TrackingError as error:
+        log.warning("%s; the weights are not registered, and the same command registers them", error)
+        return "", folder
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, object]:
+    """Nested options by dotted names."""
+    flat: dict[str, object] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _provenance() -> dict[str, object]:
+    """Which code, on which machine."""
+    return {
+        "code": _revision(),
+        "machine": f"{platform.node()}, {platform.processor() or platform.machine()}",
+        "torch": torch.__version__,
+        "ray": ray.__version__,
+    }
+
+
+def _revision() -> str:
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "not under version control"
+    return said.stdout.strip()
 
 
 def run(config: TrainConfig) -> TrainReport:
@@ -270,5 +309,11 @@ def run(config: TrainConfig) -> TrainReport:
     return report
 
 
+def main() -> None:
+    """The command line: a preset, and options that override its values."""
+    with cli.ending():
+        run(tyro.extras.overridable_config_cli(PRESETS, description=__doc__))
+
+
 if __name__ == "__main__":
-    cli.main(run, TrainConfig, __doc__)
+    main()

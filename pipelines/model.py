@@ -45,6 +45,10 @@ class ModelConfig:
                 self.base, image_encoder=self.image_encoder, segmenter=self.segmenter, weights=weights, device=device
             )
 
+    def untrained(self, *, device: str) -> Personalizer:
+        """The base with closed gates and layers drawn from torch's generator, where training starts anew."""
+        return Personalizer.untrained(self.base, image_encoder=self.image_encoder, device=device)
+
     @contextmanager
     def _folder(self) -> Iterator[Path | None]:
         """The weights in a local folder, for as long as it is needed; None for the preset's own."""

@@ -95,7 +95,7 @@ def test_hostile_keys_are_refused_by_every_operation(
     store: ObjectStore, before: list[str], part: str, after: list[str]
 ) -> None:
     key = "/".join([*before, part, *after])
-    for operation in (store.get, store.exists, store.uri, lambda key: store.put(key, b"")):
+    for operation in (store.get, store.exists, store.uri, store.delete, lambda key: store.put(key, b"")):
         with pytest.raises(StorageError, match="key"):
             operation(key)
 
@@ -109,6 +109,9 @@ def test_any_key_is_refused_or_works(store: ObjectStore, key: str, data: bytes) 
         return
     assert store.get(key) == read_uri(store.uri(key)) == data
     assert key in store.list(key)
+    store.delete(key)
+    store.delete(key)
+    assert not store.exists(key)
 
 
 def test_a_file_store_is_not_left_through_links(tmp_path: Path) -> None:

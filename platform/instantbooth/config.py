@@ -52,7 +52,11 @@ class WeightsConfig:
 
     def save(self, path: Path) -> None:
         """Writes config.json."""
-        path.write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
+        path.write_text(self.to_json())
+
+    def to_json(self) -> str:
+        """The content of config.json."""
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
     def load(cls, path: Path) -> WeightsConfig:

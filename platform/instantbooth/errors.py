@@ -13,6 +13,9 @@
     │   ├── MissingObjectError    there is no such object
     │   ├── TransientStorageError the store did not answer, or not now: the same call may work later
     │   └── ConditionalWriteError a store that replaces objects which a conditional write must leave alone
+    ├── TrainingError           a training that cannot go on
+    │   └── StoppedError          it was asked to stop, and saved what it had
+    ├── TrackingError           MLflow could not be had
     └── EngineError             a request that was not denoised
         ├── OverloadedError       there are too many before it
         └── DeadlineError         its time ran out
@@ -76,6 +79,18 @@ class TransientStorageError(StorageError):
 
 class ConditionalWriteError(StorageError):
     """A store that does not honour conditional writes, and so cannot commit work exactly once."""
+
+
+class TrainingError(InstantBoothError):
+    """A training that cannot go on, or cannot continue the run it was given."""
+
+
+class StoppedError(TrainingError):
+    """A training that was asked to stop; the same command goes on from its checkpoint."""
+
+
+class TrackingError(InstantBoothError):
+    """The tracking server did not answer, or refused."""
 
 
 class EngineError(InstantBoothError):

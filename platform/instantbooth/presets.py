@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+import os
+import tempfile
+from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 
 from instantbooth.errors import WeightsError, did_you_mean
@@ -30,7 +34,9 @@ def miniature_folder() -> Path:
 
 
 def preset(name: str) -> ModelPreset:
-    """The preset of that name. WeightsError with a suggestion for an unknown one."""
+    """The preset of that name, or of registered weights. WeightsError with a suggestion for an unknown one."""
+    if name.startswith("models:/"):
+        return registered_preset(name)
     presets = {
         "miniature": miniature_preset(miniature_folder()),
         "sd15": ModelPreset(
@@ -40,6 +46,50 @@ def preset(name: str) -> ModelPreset:
     if name not in presets:
         raise WeightsError(f"model {name!r} is neither a folder nor a preset. {did_you_mean(name, presets)}")
     return presets[name]
+
+
+def registered_preset(uri: str) -> ModelPreset:
+    """What models:/instantbooth@champion or models:/instantbooth/3 stands for: weights, and the base noted with them.
+
+    The registry is MLFLOW_TRACKING_URI, by default sqlite:///mlflow.db. Raises WeightsError.
+    """
+    from instantbooth.tracking import resolve_version
+
+    version = resolve_version(uri, tracking_uri())
+    if not version.base:
+        raise WeightsError(f"{uri} does not say which base it was trained for; name the base, and pass weights={uri!r}")
+    if Path(version.base).is_dir():
+        own = str(Path(version.base) / "image_encoder")
+        chosen = ModelPreset(base=version.base, image_encoder=version.image_encoder or own)
+    else:
+        known = preset(version.base)
+        chosen = replace(known, image_encoder=version.image_encoder or known.image_encoder)
+    return replace(chosen, weights=weights_folder(version.uri))
+
+
+def weights_folder(weights: str) -> str:
+    """A folder as it is; registered weights downloaded, once for each version."""
+    if not weights.startswith("models:/"):
+        return weights
+    from instantbooth.tracking import Registry, resolve_version
+
+    version = resolve_version(weights, tracking_uri())
+    registry = sha256(tracking_uri().encode()).hexdigest()[:12]
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "instantbooth"
+    folder = cache / f"{version.name}-{version.number}-{registry}"
+    if not folder.is_dir():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as scratch:
+            downloaded = Registry(tracking_uri()).download(version, Path(scratch))
+            # Whoever comes second finds it there.
+            with contextlib.suppress(OSError):
+                downloaded.rename(folder)
+    return str(folder)
+
+
+def tracking_uri() -> str:
+    """MLflow's, as its own variable says."""
+    return os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
 
 
 def miniature_preset(folder: Path) -> ModelPreset:

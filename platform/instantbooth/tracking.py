@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import logging
 import re
+import tempfile
+import textwrap
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from instantbooth.errors import WeightsError
+from instantbooth.errors import TrackingError, WeightsError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -25,9 +28,21 @@ EXPERIMENT = "instantbooth"
 MODEL = "instantbooth"
 CANDIDATE = "candidate"
 """Alias of the newest version of the registered model."""
+CHAMPION = "champion"
+"""Alias of the version that passed its examination last."""
+BASE = "instantbooth.base"
+IMAGE_ENCODER = "instantbooth.image_encoder"
+"""Tags of a version: the model that its weights belong to."""
 WEIGHTS = "weights"
 """Artifact path of the servable weights folder inside a run."""
-RUN_NAME = "instantbooth.run_name"
+OUTPUT = "instantbooth.output"
+"""Tag by which the run of an output folder is found again."""
+STEP = "instantbooth.step"
+MAX_METRICS = 1000
+"""MLflow takes so many in one request."""
+MAX_PAUSE_S = 30.0
+
+log = logging.getLogger(__name__)
 
 MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:/(?P<version>\d+)|@(?P<alias>[^/]+))")
 
@@ -41,70 +56,257 @@ class TrackedRun:
     run_id: str
 
     def log_parameters(self, values: Mapping[str, object]) -> None:
-        """Logs parameters; a value that was logged before must be the same."""
-        client = _client(self.tracking_uri)
-        for name, value in values.items():
-            client.log_param(self.run_id, name, value)
+        """Logs parameters. One that a restart has changed keeps its first value; the new one becomes a tag."""
+        from mlflow.entities import Param
 
-    def log_metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Logs the metrics of one step in one request."""
+        client = _client(self.tracking_uri)
+        known = client.get_run(self.run_id).data.params
+        new = [Param(name, str(value)) for name, value in values.items() if name not in known]
+        client.log_batch(self.run_id, params=new)
+        changed = {name: value for name, value in values.items() if known.get(name, str(value)) != str(value)}
+        self.tag({f"restarted_with.{name}": value for name, value in changed.items()})
+
+    def deliver(self, steps: Mapping[int, Mapping[str, float]]) -> int:
+        """Logs the metrics of those steps that the run lacks, by its metric "step"; returns how many these were."""
+        known = {step for step, _ in self.curve("step")}
+        missing = {step: values for step, values in steps.items() if step not in known}
+        self.log_steps(missing)
+        return len(missing)
+
+    def log_steps(self, steps: Mapping[int, Mapping[str, float]]) -> None:
+        """Logs the metrics of many steps in few requests."""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        metrics = [Metric(name, value, now, step) for name, value in values.items()]
-        _client(self.tracking_uri).log_batch(self.run_id, metrics=metrics)
+        metrics = [Metric(name, value, now, step) for step, values in steps.items() for name, value in values.items()]
+        for start in range(0, len(metrics), MAX_METRICS):
+            with reporting(self.tracking_uri):
+                _client(self.tracking_uri).log_batch(self.run_id, metrics=metrics[start : start + MAX_METRICS])
 
-    def latest(self) -> dict[str, float]:
-        """The last value of every metric."""
-        return dict(_client(self.tracking_uri).get_run(self.run_id).data.metrics)
+    def keep(self, files: Mapping[str, bytes]) -> None:
+        """Keeps files as artifacts of the run, by their keys."""
+        with reporting(self.tracking_uri), tempfile.TemporaryDirectory() as scratch:
+            for key, data in files.items():
+                folder, _, name = key.rpartition("/")
+                path = Path(scratch) / name
+                path.write_bytes(data)
+                _client(self.tracking_uri).log_artifact(self.run_id, str(path), folder or None)
+
+    def kept(self, folder: str) -> set[str]:
+        """Keys of the artifacts in a folder."""
+        return {each.path for each in _client(self.tracking_uri).list_artifacts(self.run_id, folder)}
+
+    def tag(self, values: Mapping[str, object]) -> None:
+        """Sets tags; an older value is replaced."""
+        client = _client(self.tracking_uri)
+        for name, value in values.items():
+            client.set_tag(self.run_id, name, value)
+
+    def end(self, status: str) -> None:
+        """FINISHED, KILLED or FAILED."""
+        _client(self.tracking_uri).set_terminated(self.run_id, status)
 
     def curve(self, metric: str) -> list[tuple[int, float]]:
         """(step, value) of a metric in the order of steps; of a step logged twice the later value."""
         history = _client(self.tracking_uri).get_metric_history(self.run_id, metric)
         return sorted({each.step: each.value for each in sorted(history, key=lambda each: each.timestamp)}.items())
 
-    def register(self, folder: Path) -> str:
+    def register(self, folder: Path, *, step: int, base: str, image_encoder: str | None = None) -> str:
         """Logs a weights folder, registers it as a new version and moves the alias "candidate" to it.
 
-        Returns the version's URI, such as models:/instantbooth/3.
+        `base` and `image_encoder` name the model that the weights belong to, for whoever loads them by URI.
+        Returns the version's URI, such as models:/instantbooth/3. Weights of a step that are registered already are
+        not registered again.
         """
         from mlflow.exceptions import MlflowException
 
         client = _client(self.tracking_uri)
-        client.log_artifacts(self.run_id, str(folder), WEIGHTS)
+        done = client.search_model_versions(f"run_id = '{self.run_id}'")
+        for version in done:
+            if version.tags.get(STEP) == str(step):
+                return f"models:/{MODEL}/{version.version}"
+        client.log_artifacts(self.run_id, str(folder), f"{WEIGHTS}/{step}")
         try:
             client.create_registered_model(MODEL)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        source = f"{client.get_run(self.run_id).info.artifact_uri}/{WEIGHTS}"
-        version = client.create_model_version(MODEL, source, self.run_id).version
-        client.set_registered_model_alias(MODEL, CANDIDATE, version)
-        return f"models:/{MODEL}/{version}"
+        tags = {STEP: str(step), BASE: base, IMAGE_ENCODER: image_encoder or ""}
+        source = f"{client.get_run(self.run_id).info.artifact_uri}/{WEIGHTS}/{step}"
+        number = client.create_model_version(MODEL, source, self.run_id, tags=tags).version
+        client.set_registered_model_alias(MODEL, CANDIDATE, number)
+        return f"models:/{MODEL}/{number}"
 
 
-@contextmanager
-def tracked_run(tracking_uri: str, name: str, *, artifacts: str | None = None) -> Iterator[TrackedRun]:
-    """The unfinished run of that name, or a new one; FINISHED at the end, KILLED by Ctrl-C, FAILED by an error.
+class Delivery:
+    """Logs beside the training: `log` never waits. What a server that is down misses is tried again while it lasts.
+
+    It opens the run of the output itself, so that it needs no server to begin with.
+    """
+
+    def __init__(self, tracking_uri: str, output: str, *, artifacts: str | None = None) -> None:
+        self._open = (tracking_uri, output, artifacts)
+        self._waiting: dict[int, dict[str, float]] = {}
+        self._files: dict[str, bytes] = {}
+        self._news = threading.Condition()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Takes the metrics of a step."""
+        with self._news:
+            self._waiting[step] = {**self._waiting.get(step, {}), **values}
+            self._news.notify()
+
+    def keep(self, key: str, data: bytes) -> None:
+        """Takes a file to keep as an artifact."""
+        with self._news:
+            self._files[key] = data
+            self._news.notify()
+
+    def close(self, patience_s: float = 10.0) -> int:
+        """Delivers what is left, for so long; returns the steps that were not delivered."""
+        with self._news:
+            self._closing = True
+            self._news.notify()
+        self._thread.join(patience_s)
+        return len(self._waiting)
+
+    def _run(self) -> None:
+        tracking_uri, output, artifacts = self._open
+        run: TrackedRun | None = None
+        pause_s = 0.0
+        while any(news := self._next(pause_s)):
+            batch, files = news
+            try:
+                run = run or open_run(tracking_uri, output, artifacts=artifacts)
+                run.log_steps(batch)
+                run.keep(files)
+            except TrackingError as error:
+                log.warning("%s", error)
+                pause_s = min(2 * pause_s or 1.0, MAX_PAUSE_S)
+                if self._closing:
+                    return
+                continue
+            pause_s = 0.0
+            with self._news:
+                for step, values in batch.items():
+                    if self._waiting.get(step) == values:
+                        del self._waiting[step]
+                for key in files:
+                    del self._files[key]
+
+    def _next(self, pause_s: float) -> tuple[dict[int, dict[str, float]], dict[str, bytes]]:
+        """The metrics and files that wait, once there are some; nothing at the end."""
+        with self._news:
+            self._news.wait_for(lambda: self._closing, timeout=pause_s)
+            self._news.wait_for(lambda: self._waiting or self._files or self._closing)
+            return dict(self._waiting), dict(self._files)
+
+
+def open_run(tracking_uri: str, output: str, *, artifacts: str | None = None) -> TrackedRun:
+    """The run of that output folder (a URI), or a new one, set running. TrackingError where MLflow cannot be had.
 
     `artifacts` is the URI below which a new experiment keeps its artifacts; None leaves it to the tracking server.
     """
-    client = _client(tracking_uri)
-    found = client.get_experiment_by_name(EXPERIMENT)
-    experiment = found.experiment_id if found else client.create_experiment(EXPERIMENT, artifact_location=artifacts)
-    run = _unfinished_run(client, experiment, name) or client.create_run(
-        experiment, run_name=name, tags={RUN_NAME: name}
-    )
-    client.update_run(run.info.run_id, status="RUNNING")
-    status = "FAILED"
+    with reporting(tracking_uri):
+        client = _client(tracking_uri)
+        found = client.get_experiment_by_name(EXPERIMENT)
+        experiment = found.experiment_id if found else client.create_experiment(EXPERIMENT, artifact_location=artifacts)
+        run = _run_of(client, experiment, output) or client.create_run(
+            experiment, run_name=output.rpartition("/")[2], tags={OUTPUT: output}
+        )
+        client.update_run(run.info.run_id, status="RUNNING")
+        return TrackedRun(tracking_uri=tracking_uri, run_id=run.info.run_id)
+
+
+@contextmanager
+def reporting(tracking_uri: str) -> Iterator[None]:
+    """Raises TrackingError for whatever goes wrong between here and the server."""
     try:
-        yield TrackedRun(tracking_uri=tracking_uri, run_id=run.info.run_id)
-        status = "FINISHED"
-    except KeyboardInterrupt:
-        status = "KILLED"
+        yield
+    except TrackingError:
         raise
-    finally:
-        client.set_terminated(run.info.run_id, status)
+    except Exception as error:
+        # MLflow's own errors, those of its database layer and those of HTTP have no base in common.
+        told = textwrap.shorten(f"{type(error).__name__}: {error}", 160, placeholder=" …")
+        raise TrackingError(f"MLflow at {tracking_uri} cannot be had ({told}); start it, or name another") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Version:
+    """A registered version of the model."""
+
+    number: str
+    base: str
+    """Preset or folder of the model that it was trained for; empty where that was not noted."""
+    image_encoder: str
+    """Its CLIP folder; empty for the base's own."""
+    name: str = MODEL
+
+    @property
+    def uri(self) -> str:
+        """Such as models:/instantbooth/3."""
+        return f"models:/{self.name}/{self.number}"
+
+
+@dataclass(frozen=True)
+class Registry:
+    """The versions of one tracking server. Every method raises WeightsError for what is not there."""
+
+    tracking_uri: str
+
+    def version(self, which: str, name: str = MODEL) -> Version:
+        """The version of a number or an alias."""
+        from mlflow.exceptions import MlflowException
+
+        client = _client(self.tracking_uri)
+        try:
+            numbered = which.isdigit()
+            found = (
+                client.get_model_version(name, which) if numbered else client.get_model_version_by_alias(name, which)
+            )
+        except MlflowException as error:
+            uri = f"models:/{name}/{which}" if which.isdigit() else f"models:/{name}@{which}"
+            raise WeightsError(
+                f"{uri} cannot be had from {self.tracking_uri}: {error.message}; train and register it"
+            ) from error
+        return Version(
+            number=str(found.version),
+            base=found.tags.get(BASE, ""),
+            image_encoder=found.tags.get(IMAGE_ENCODER, ""),
+            name=name,
+        )
+
+    def champion(self) -> Version | None:
+        """The version that serves; None before the first promotion."""
+        try:
+            return self.version(CHAMPION)
+        except WeightsError:
+            return None
+
+    def point(self, alias: str, version: Version) -> None:
+        """Moves an alias."""
+        _client(self.tracking_uri).set_registered_model_alias(version.name, alias, version.number)
+
+    def note(self, version: Version, **tags: str) -> None:
+        """Sets tags of a version."""
+        for name, value in tags.items():
+            _client(self.tracking_uri).set_model_version_tag(version.name, version.number, name, value)
+
+    def download(self, version: Version, folder: Path) -> Path:
+        """The version's weights as a folder below `folder`."""
+        from mlflow.artifacts import download_artifacts
+        from mlflow.exceptions import MlflowException
+
+        try:
+            source = _client(self.tracking_uri).get_model_version_download_uri(version.name, version.number)
+            return Path(download_artifacts(artifact_uri=source, dst_path=str(folder), tracking_uri=self.tracking_uri))
+        except (MlflowException, OSError) as error:
+            raise WeightsError(
+                f"{version.uri} cannot be downloaded from {self.tracking_uri} ({error}); check its artifact store"
+            ) from error
 
 
 def resolve_weights(uri: str, tracking_uri: str, folder: Path) -> Path:
@@ -118,21 +320,15 @@ def resolve_weights(uri: str, tracking_uri: str, folder: Path) -> Path:
         if not path.is_dir():
             raise WeightsError(f"{uri} is no folder; name a weights folder, or models:/{MODEL}@{CANDIDATE}")
         return path
-    from mlflow.artifacts import download_artifacts
-    from mlflow.exceptions import MlflowException
+    return Registry(tracking_uri).download(resolve_version(uri, tracking_uri), folder)
 
+
+def resolve_version(uri: str, tracking_uri: str) -> Version:
+    """The version that models:/name/version or models:/name@alias names now. WeightsError where there is none."""
     parts = MODEL_URI.fullmatch(uri)
     if not parts:
         raise WeightsError(f"{uri} names no version; write models:/{MODEL}/1 or models:/{MODEL}@{CANDIDATE}")
-    client = _client(tracking_uri)
-    try:
-        version = parts["version"] or client.get_model_version_by_alias(parts["name"], parts["alias"]).version
-        source = client.get_model_version_download_uri(parts["name"], str(version))
-        return Path(download_artifacts(artifact_uri=source, dst_path=str(folder), tracking_uri=tracking_uri))
-    except MlflowException as error:
-        raise WeightsError(
-            f"{uri} cannot be had from {tracking_uri}: {error.message}; train and register it"
-        ) from error
+    return Registry(tracking_uri).version(parts["version"] or parts["alias"], parts["name"])
 
 
 def _client(tracking_uri: str) -> MlflowClient:
@@ -144,6 +340,6 @@ def _client(tracking_uri: str) -> MlflowClient:
     return MlflowClient(tracking_uri, registry_uri=tracking_uri)
 
 
-def _unfinished_run(client: MlflowClient, experiment: str, name: str) -> Run | None:
-    query = f"tags.`{RUN_NAME}` = '{name}' and attributes.status != 'FINISHED'"
+def _run_of(client: MlflowClient, experiment: str, output: str) -> Run | None:
+    query = f"tags.`{OUTPUT}` = '{output}'"
     return next(iter(client.search_runs([experiment], query, max_results=1)), None)

@@ -10,7 +10,7 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from instantbooth import Personalizer
-from instantbooth.errors import InstantBoothError, ManifestError, ParameterError, WeightsError
+from instantbooth.errors import InstantBoothError, ManifestError, ParameterError, TrainingError, WeightsError
 from instantbooth.images import read_metadata
 from instantbooth.manifest import ManifestRow
 from instantbooth.miniature.samples import write_manifest, write_pairs
@@ -57,9 +57,8 @@ def project(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Proj
 
 def train_config(project: Project, steps: int) -> TrainConfig:
     return TrainConfig(
-        dataset=f"{project.folder}/curated",
-        storage=f"{project.folder}/train",
-        run_name="short",
+        data=f"{project.folder}/curated",
+        output=f"{project.folder}/train/short",
         model=project.model,
         artifacts=f"{project.folder}/artifacts",
         checkpoint_every=2,
@@ -89,12 +88,16 @@ def test_a_run_of_the_same_name_continues_from_its_last_checkpoint(project: Proj
     run = TrackedRun(tracking_uri=project.model.tracking_uri, run_id=longer.run_id)
     assert [step for step, _ in run.curve("loss")][-2:] == [6, 7]
     assert longer.weights != trained.weights
+    assert longer.run_id == trained.run_id
+    assert train(train_config(project, steps=7)) == longer
 
 
-def test_what_training_cannot_have_is_refused_at_once(project: Project) -> None:
+def test_what_training_cannot_have_is_refused_at_once(project: Project, trained: TrainReport) -> None:
     config = train_config(project, steps=5)
     with pytest.raises(ParameterError, match="the cluster has 0"):
         train(TrainConfig(**(vars(config) | {"gpus_per_worker": 1})))
+    with pytest.raises(TrainingError, match="batch size 4, not"):
+        train(replace(config, adapters=replace(config.adapters, batch_size=8)))
     missing = ModelConfig(**(vars(project.model) | {"weights": "models:/instantbooth@nobody"}))
     with pytest.raises(WeightsError, match="nobody"):
         train(TrainConfig(**(vars(config) | {"model": missing})))

@@ -24,7 +24,7 @@ from instantbooth.model.samplers import SamplerTable, sampler_table
 from instantbooth.model.segmentation import Segmenter
 from instantbooth.model.weights import CONFIG_FILE, load_weights, save_weights, tensors_digest
 from instantbooth.parameters import check_range
-from instantbooth.presets import ModelPreset, preset
+from instantbooth.presets import ModelPreset, preset, weights_folder
 from instantbooth.prompts import class_of, expand, tokenize, tokenize_subject
 
 MAX_REFERENCES = 16
@@ -92,8 +92,10 @@ class Personalizer:
     ) -> Personalizer:
         """Loads a preset ("miniature", "sd15") or a Stable Diffusion 1.x folder, with trained weights.
 
-        `weights` is a folder with config.json and weights.safetensors; the miniature brings its own. `image_encoder`
-        is a CLIP folder (the folder's own image_encoder/ where there is one), `segmenter` a segmentation model.
+        models:/instantbooth@champion, from the registry at MLFLOW_TRACKING_URI, names weights and their base at once.
+        `weights` is a folder with config.json and weights.safetensors, or registered; the miniature brings its own.
+        `image_encoder` is a CLIP folder (the folder's own image_encoder/ where there is one), `segmenter` a
+        segmentation model.
         Raises BaseModelError and WeightsError.
         """
         chosen = _choose(model, weights, image_encoder, segmenter)
@@ -366,7 +368,7 @@ def _choose(
         chosen = preset(str(model))
     return replace(
         chosen,
-        weights=chosen.weights if weights is None else str(weights),
+        weights=chosen.weights if weights is None else weights_folder(str(weights)),
         image_encoder=chosen.image_encoder if image_encoder is None else str(image_encoder),
         segmenter=chosen.segmenter if segmenter is None else str(segmenter),
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 
 from instantbooth.config import WeightsConfig
@@ -27,6 +27,14 @@ def save_weights(folder: Path, config: WeightsConfig, trained: nn.Module, *, dty
     save_file(tensors, partial)
     os.replace(partial, folder / TENSORS_FILE)
     config.save(folder / CONFIG_FILE)
+
+
+def weights_files(config: WeightsConfig, tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
+    """The same two files as bytes, config.json last; the tensors are on the CPU."""
+    return {
+        TENSORS_FILE: save({name: value.contiguous() for name, value in tensors.items()}),
+        CONFIG_FILE: config.to_json().encode(),
+    }
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -47,8 +47,24 @@ class AdapterTrainingConfig:
     """Share of rows trained without a caption: "V̂ noun" alone is said."""
     image_dropout: float = 0.08
     """Share of rows trained without patch features (β = 0)."""
+    both_dropout: float = 0.0
+    """Share of rows trained without both, beside those that the two above meet by chance."""
     seed: int = 0
     """All random numbers follow from it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draws:
+    """The random numbers of a batch, on the CPU."""
+
+    noise: Tensor
+    """[B, C, h, w]."""
+    timesteps: Tensor
+    """[B]."""
+    drop_text: Tensor
+    """[B], True where the caption is left out."""
+    drop_image: Tensor
+    """[B], True where patch features are."""
 
 
 class ExamplePreparer:
@@ -112,42 +128,76 @@ class AdapterObjective(nn.Module):
         self.trained = booth.trained
         self.trained.requires_grad_(True).train()
 
-    def forward(self, batch: dict[str, Tensor], generator: Generator) -> Tensor:
-        """Mean denoising loss of a batch of examples; all randomness comes from `generator`, a CPU one.
+    def forward(self, batch: dict[str, Tensor], randomness: Generator | Draws) -> Tensor:
+        """Mean denoising loss of a batch of examples; all randomness is given, or drawn from a CPU generator.
 
-        Latents may be given as `latents` (scaled) in place of `pixel_values`.
+        Latents may be given as `latents` (scaled) in place of `pixel_values`, and the text encoder's output for the
+        captions as `prompt_embeds`.
         """
         base = self.booth.base
         with torch.no_grad():
             latents = batch["latents"] if "latents" in batch else base.encode_pixels(batch["pixel_values"])
             global_features, tokens = self.booth.image_encoder(batch["reference_pixels"].to(base.device))
         latents = latents.to(base.device)
-        rows = len(latents)
-        noise = torch.randn(latents.shape, generator=generator).to(base.device)
-        timesteps = draw_timesteps(rows, base.schedule, generator).to(base.device)
-        noisy, target = add_noise(latents, noise, timesteps, base.schedule)
-        drop_text = torch.rand(rows, generator=generator) < self.config.text_dropout
-        drop_image = torch.rand(rows, generator=generator) < self.config.image_dropout
+        draws = randomness if isinstance(randomness, Draws) else self.draw(len(latents), randomness)
+        timesteps = draws.timesteps.to(base.device)
+        noisy, target = add_noise(latents, draws.noise.to(base.device), timesteps, base.schedule)
         concept_embeddings, patch_features = self.trained.encoders(global_features, tokens)
-        prompt_embeds = self._prompt_embeds(batch, drop_text, concept_embeddings)
-        scale = (~drop_image).to(base.device, noisy.dtype).view(-1, 1, 1)
+        prompt_embeds = self._prompt_embeds(batch, draws.drop_text, concept_embeddings)
+        scale = (~draws.drop_image).to(base.device, noisy.dtype).view(-1, 1, 1)
         references = References(scale=scale, patch_features=patch_features)
         prediction = base.unet(
             noisy, timesteps, prompt_embeds, cross_attention_kwargs=adapter_kwargs(references)
         ).sample
         return denoising_loss(prediction, target)
 
+    def draw(self, rows: int, generator: Generator) -> Draws:
+        """Random numbers for so many rows."""
+        base, config = self.booth.base, self.config
+        side = int(base.unet.config.sample_size)
+        noise = torch.randn((rows, int(base.unet.config.in_channels), side, side), generator=generator)
+        timesteps = draw_timesteps(rows, base.schedule, generator)
+        drop_text = torch.rand(rows, generator=generator) < config.text_dropout
+        drop_image = torch.rand(rows, generator=generator) < config.image_dropout
+        drop_both = torch.rand(rows, generator=generator) < config.both_dropout
+        return Draws(
+            noise=noise, timesteps=timesteps, drop_text=drop_text | drop_both, drop_image=drop_image | drop_both
+        )
+
+    def draw_at(self, positions: Tensor) -> Draws:
+        """Random numbers of the samples at these positions of the training: each depends on its own position alone."""
+        draws = [self.draw(1, _generator(self.config.seed, position)) for position in positions.tolist()]
+        return Draws(**{part.name: torch.cat([getattr(each, part.name) for each in draws]) for part in fields(Draws)})
+
+    def fixed_draws(self, rows: int, timestep: int) -> Draws:
+        """The same noise every time, one timestep for all rows, nothing left out: for comparing losses."""
+        draws = self.draw(rows, Generator().manual_seed(timestep))
+        none = torch.zeros(rows, dtype=torch.bool)
+        return replace(draws, timesteps=torch.full((rows,), timestep), drop_text=none, drop_image=none)
+
     def _prompt_embeds(self, batch: dict[str, Tensor], drop_text: Tensor, concept_embeddings: Tensor) -> Tensor:
-        ids = torch.where(drop_text[:, None], batch["bare_ids"].cpu(), batch["input_ids"].cpu())
         positions = torch.where(drop_text, batch["bare_position"].cpu(), batch["placeholder_position"].cpu())
         with torch.no_grad():
-            prompt_embeds = self.booth.base.encode_text(ids)
+            if "prompt_embeds" in batch:
+                prompt_embeds = batch["prompt_embeds"].to(self.booth.base.device, copy=True)
+                if drop_text.any():
+                    bare = self.booth.base.encode_text(batch["bare_ids"].cpu()[drop_text])
+                    prompt_embeds[drop_text.to(prompt_embeds.device)] = bare.to(prompt_embeds.dtype)
+            else:
+                ids = torch.where(drop_text[:, None], batch["bare_ids"].cpu(), batch["input_ids"].cpu())
+                prompt_embeds = self.booth.base.encode_text(ids)
         return inject(prompt_embeds, positions.to(prompt_embeds.device), concept_embeddings)
 
     def gates(self) -> dict[str, float]:
         """|tanh γ| of every adapter, by layer."""
         gates = {layer: adapter.get_parameter("gate") for layer, adapter in self.trained.adapters.items()}
         return {layer: float(gate.detach().tanh().abs()) for layer, gate in gates.items()}
+
+
+def _generator(seed: int, position: int) -> Generator:
+    """A generator of its own for every sample: neighbours in seed or position share nothing."""
+    entropy = np.random.SeedSequence([seed, position]).generate_state(1, np.uint64)[0]
+    return Generator().manual_seed(int(entropy))
 
 
 def optimizer_for(objective: AdapterObjective, config: AdapterTrainingConfig) -> torch.optim.AdamW:

@@ -1,0 +1,58 @@
+"""Is it learning? Pictures of validation subjects at fixed seeds, and what the judges see in them."""
+
+from __future__ import annotations
+
+import io
+from itertools import islice
+
+from PIL import Image
+
+from instantbooth import Personalizer
+from instantbooth.evaluation.miniature import Examination, draw_subjects
+from instantbooth.images import decode_image
+from instantbooth.presets import miniature_folder
+from pipelines.feed import Shards, shard_rows
+
+REFERENCES = 3
+PROMPTS = 2
+
+
+def validation_pictures(booth: Personalizer, shards: Shards, count: int) -> Image.Image | None:
+    """The first pairs of the split beside what the model makes of their subjects and captions; seed n for pair n.
+
+    None where the split is empty.
+    """
+    rows = list(islice((row for uri in shards.uris for row in shard_rows(uri)), count))
+    if not rows:
+        return None
+    references = [decode_image(row["image"], name=row["id"]).convert("RGB") for row in rows]
+    masks = [decode_image(row["mask"], name=row["id"]).convert("L") for row in rows]
+    concepts = [
+        booth.encode([image], row["noun"], [mask]) for image, mask, row in zip(references, masks, rows, strict=True)
+    ]
+    pictures = booth.generate([row["caption"] for row in rows], concepts, seed=list(range(len(rows))))
+    side = booth.base.image_size
+    sheet = Image.new("RGB", (side * len(rows), 2 * side))
+    for column, pair in enumerate(zip(references, pictures, strict=True)):
+        for line, image in enumerate(pair):
+            sheet.paste(image.resize((side, side), Image.Resampling.BICUBIC), (column * side, line * side))
+    return sheet
+
+
+def judged(booth: Personalizer, identities: int) -> dict[str, float]:
+    """Identification and prompt accuracy on the miniature world's validation identities."""
+    subjects = draw_subjects("validation", identities, references=REFERENCES, prompts=PROMPTS)
+    exam = Examination(booth, miniature_folder() / "judges", subjects)
+    pictures = exam.personalized(exam.concepts(REFERENCES))
+    return {
+        "validation/identification_top1": exam.identification_top1(pictures),
+        "validation/identity_similarity": exam.similarity(pictures),
+        "validation/prompt_accuracy": exam.prompt_accuracy(pictures),
+    }
+
+
+def png_of(image: Image.Image) -> bytes:
+    """As a PNG."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()

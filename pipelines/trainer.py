@@ -1,0 +1,387 @@
+"""A training on any number of Ray Train workers: what it is told, and what each worker does.
+
+The run's folder, at file:// or s3://, holds all there is to go on from:
+
+    checkpoints/<step>/    see instantbooth.training.checkpoints
+    log/<first>-<last>.jsonl   what was trained on and what came of it, one line a step, beside each checkpoint
+    pictures/<step>.png    validation subjects at fixed seeds
+    weights/               the averaged weights at the end
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import ray
+import ray.train
+import torch
+import torch.distributed
+from torch import Tensor
+
+from instantbooth import Personalizer
+from instantbooth.errors import ParameterError
+from instantbooth.storage import ObjectStore, open_store, patiently
+from instantbooth.tracking import Delivery
+from instantbooth.training.adapters import AdapterTrainingConfig, ExamplePreparer
+from instantbooth.training.checkpoints import Checkpoints, Saver, log_bytes
+from instantbooth.training.session import ComputeConfig, Outcome, TrainingSession
+from pipelines.curation.shards import VALIDATION
+from pipelines.feed import Shards, TrainingFeed, first_examples, rows_per_task, sample_name
+from pipelines.model import ModelConfig
+from pipelines.probe import judged, png_of, validation_pictures
+
+LOG = "log/"
+PICTURES = "pictures"
+REPORT_EVERY_S = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """How often, and on how much, a training is asked whether it is learning."""
+
+    every: int = 0
+    """Steps between validations; 0 for none."""
+    pairs: int = 32
+    """Text-image pairs of the validation split whose loss is measured at fixed noise and timesteps."""
+    pictures: int = 0
+    """Of so many of them, pictures at fixed seeds are made each time: <output>/pictures."""
+    identities: int = 0
+    """So many of the miniature's validation identities are generated and judged each time; 0 for other bases."""
+
+    def __post_init__(self) -> None:
+        if min(self.every, self.pictures, self.identities) < 0 or self.pairs < 1:
+            raise ParameterError(
+                f"validation needs pairs ≥ 1 and nothing negative, has every {self.every}, pairs {self.pairs}, "
+                f"pictures {self.pictures}, identities {self.identities}; every 0 turns it off"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run."""
+
+    data: str
+    """URI of an ingestion's output folder."""
+    output: str
+    """URI of the run's folder, which every worker must reach. The same folder continues the run that it holds."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Base model, weights to start from, and MLflow."""
+    fresh: bool = False
+    """Start with closed gates and random layers, whatever weights the preset has."""
+    workers: int = 2
+    """Training processes; each takes batch_size / workers examples of a step."""
+    gpus_per_worker: int = 0
+    """GPUs of each worker; with 0 it computes on the CPU."""
+    precomputed: bool = False
+    """Take latents and caption embeddings from the shards, where ingestion put them."""
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    """Precision, memory, and when a batch is skipped."""
+    checkpoint_every: int = 30
+    """Steps between checkpoints."""
+    keep_last: int = 2
+    """Newest checkpoints that are kept."""
+    keep_best: int = 1
+    """Checkpoints of the lowest loss (of validation, else of training) that are kept beside them."""
+    max_failures: int = 3
+    """Times that all workers are restarted from the last checkpoint after one of them failed."""
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    """Whether it is learning."""
+    artifacts: str | None = None
+    """URI for the artifacts of a new MLflow experiment; by default MLflow's choice."""
+    adapters: AdapterTrainingConfig = field(default_factory=AdapterTrainingConfig)
+    """Steps, batch, learning rates."""
+
+    def __post_init__(self) -> None:
+        for name in ("workers", "checkpoint_every", "keep_last"):
+            if getattr(self, name) < 1:
+                raise ParameterError(f"{name} must be at least 1, is {getattr(self, name)}; raise it")
+        parts = self.workers * self.compute.accumulation
+        if self.adapters.batch_size % parts:
+            raise ParameterError(
+                f"batch_size {self.adapters.batch_size} must be a multiple of workers × accumulation, {parts}; "
+                "change one of them"
+            )
+
+    @property
+    def run(self) -> str:
+        """The run's folder as the same URI however it is written; by it MLflow finds the run again."""
+        return open_store(self.output).uri(LOG.rstrip("/")).rpartition("/")[0]
+
+    def checkpoints(self) -> Checkpoints:
+        """Those of the run."""
+        return Checkpoints(store=open_store(self.output), keep_last=self.keep_last, keep_best=self.keep_best)
+
+    def fingerprint(self, shards: Shards) -> str:
+        """What decides which sample comes when."""
+        return f"data {shards.digest[:16]}, seed {self.adapters.seed}, batch size {self.adapters.batch_size}"
+
+    def start(self, *, device: str) -> Personalizer:
+        """The model before its first step; the same on every worker."""
+        if not self.fresh:
+            return self.model.load(device=device)
+        torch.manual_seed(self.adapters.seed)
+        return self.model.untrained(device=device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingJob:
+    """What every worker is handed."""
+
+    config: TrainConfig
+    shards: Shards
+    prepare: ExamplePreparer
+
+
+class Monitor:
+    """An actor between the driver and its workers: how far they are, and whether they shall stop."""
+
+    def __init__(self) -> None:
+        self._stop = asyncio.Event()
+        self._progress = (0, "starting workers")
+
+    async def report(self, step: int, word: str) -> None:
+        """A worker's news."""
+        self._progress = (step, word)
+
+    async def progress(self) -> tuple[int, str]:
+        """The latest news."""
+        return self._progress
+
+    async def stop(self) -> None:
+        """Asks the workers to save and stop."""
+        self._stop.set()
+
+    async def stopping(self) -> None:
+        """Returns when they are asked to."""
+        await self._stop.wait()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ending:
+    """How a training ended."""
+
+    step: int
+    stopped: bool = False
+    """Because it was asked to."""
+    failure: str = ""
+    """Why it could not go on."""
+
+
+def train_worker(settings: dict[str, Any]) -> Ending:
+    """One of the workers: its share of every batch, gradients averaged over all of them."""
+    job: TrainingJob = settings["job"]
+    context = ray.train.get_context()
+    device = ray.train.torch.get_device()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    session = TrainingSession(
+        booth=job.config.start(device=str(device)),
+        config=job.config.adapters,
+        compute=job.config.compute,
+        fingerprint=job.config.fingerprint(job.shards),
+    )
+    restore(session, job.config.checkpoints())
+    worker = Worker(job, session, settings["monitor"], rank=context.get_world_rank(), world=context.get_world_size())
+    return worker.run()
+
+
+def restore(session: TrainingSession, checkpoints: Checkpoints) -> None:
+    """Takes up the newest whole checkpoint, if there is one; all workers the one that the first found."""
+    found = checkpoints.latest()
+    if torch.distributed.is_initialized():
+        chosen = [found[0].step if found else -1]
+        torch.distributed.broadcast_object_list(chosen)
+        found = checkpoints.latest(at_most=chosen[0]) if chosen[0] >= 0 else None
+    if found:
+        session.restore(found[1])
+
+
+class Worker:
+    """The loop of one worker. The first of them also saves, validates and tells."""
+
+    def __init__(
+        self, job: TrainingJob, session: TrainingSession, monitor: ray.actor.ActorHandle, *, rank: int, world: int
+    ) -> None:
+        self.job = job
+        self.config = job.config
+        self.session = session
+        self.monitor = monitor
+        self.rank = rank
+        self.world = world
+        self.store: ObjectStore = open_store(job.config.output)
+        self.checkpoints = job.config.checkpoints()
+        self.saver = Saver()
+        self.lines: list[dict[str, Any]] = []
+        self.seconds = {"waiting": 0.0, "all": 0.0}
+        self.reported = 0.0
+        self.validation: dict[str, Tensor] | None = None
+
+    def run(self) -> Ending:
+        """Trains to the last step, until it is asked to stop, or until too many batches were skipped."""
+        session, steps = self.session, self.config.adapters.steps
+        delivery = self._delivery()
+        stopping = self.monitor.stopping.remote()
+        ending = Ending(step=session.step)
+        for batch in self._batches(steps):
+            outcome = session.advance(batch, stop=bool(ray.wait([stopping], timeout=0)[0]))
+            metrics = self._metrics(outcome)
+            if self.config.validation.every and session.step % self.config.validation.every == 0:
+                metrics |= self._validate(delivery)
+            self._note(batch, outcome, metrics, delivery)
+            ending = self._ending(outcome)
+            last = session.step == steps or ending.stopped or bool(ending.failure)
+            if session.step % self.config.checkpoint_every == 0 or last:
+                self._save()
+            if last:
+                break
+        self.saver.wait()
+        if delivery:
+            # What it could not deliver the driver takes from the log.
+            delivery.close()
+        return ending
+
+    def _batches(self, steps: int) -> Iterator[dict[str, Tensor]]:
+        batches = training_feed(self.job).batches(self.session.step, steps, rank=self.rank, world=self.world)
+        began = time.perf_counter()
+        while (batch := next(batches, None)) is not None:
+            waited = time.perf_counter() - began
+            yield shaped(batch, self.session.booth)
+            self.seconds["waiting"] += waited
+            self.seconds["all"] += time.perf_counter() - began
+            began = time.perf_counter()
+
+    def _metrics(self, outcome: Outcome) -> dict[str, float]:
+        """What every step tells. Rates are of all steps since the last checkpoint."""
+        metrics = {"step": float(self.session.step), "skipped": float(self.session.guard.skipped)}
+        metrics |= {f"gate/{layer}": gate for layer, gate in self.session.objective.gates().items()}
+        metrics |= {
+            name: value
+            for name, value in (("loss", outcome.loss), ("gradient_norm", outcome.gradient_norm))
+            if math.isfinite(value)
+        }
+        if (seconds := self.seconds["all"]) > 0:
+            metrics["samples_per_second"] = len(self.lines) * self.config.adapters.batch_size / seconds
+            metrics["waiting_for_data"] = self.seconds["waiting"] / seconds
+        return metrics
+
+    def _validate(self, delivery: Delivery | None) -> dict[str, float]:
+        """The first worker measures, the others meet it at the next step."""
+        if not delivery:
+            return {}
+        settings = self.config.validation
+        if self.validation is None:
+            self.validation = validation_batch(self.job)
+        metrics = self.session.validation_loss(self.validation) if self.validation else {}
+        with self.session.averaged() as booth:
+            shards = Shards.of(self.config.data, VALIDATION)
+            sheet = validation_pictures(booth, shards, settings.pictures) if settings.pictures else None
+            if settings.identities:
+                metrics |= judged(booth, settings.identities)
+        if sheet:
+            key, data = f"{PICTURES}/{self.session.step:09d}.png", png_of(sheet)
+            patiently(partial(self.store.put, key, data))
+            delivery.keep(key, data)
+        return metrics
+
+    def _note(
+        self, batch: dict[str, Tensor], outcome: Outcome, metrics: dict[str, float], delivery: Delivery | None
+    ) -> None:
+        line = {"step": self.session.step, "time": time.time(), "samples": batch["sample"].tolist()}
+        self.lines.append(line | {"skipped": outcome.skipped, "metrics": metrics})
+        if delivery:
+            delivery.log(metrics, self.session.step)
+            if time.perf_counter() - self.reported > REPORT_EVERY_S:
+                self.reported = time.perf_counter()
+                self.monitor.report.remote(self.session.step, f"loss {outcome.loss:.4f}")
+
+    def _ending(self, outcome: Outcome) -> Ending:
+        failure = ""
+        guard = self.session.guard
+        if outcome.skipped and guard.exhausted:
+            failure = (
+                f"step {self.session.step}: {outcome.skipped}; {guard.skipped} batches were skipped, at most "
+                f"{guard.max_skipped} may be; lower the learning rates, or look at the samples in {self.config.output}/"
+                f"{LOG} that say so"
+            )
+        stopped = outcome.stop and self.session.step < self.config.adapters.steps
+        return Ending(step=self.session.step, stopped=stopped, failure=failure)
+
+    def _save(self) -> None:
+        """Hands what is to be saved to the saver; the samples of every worker go into the log."""
+        shares = _gathered([line["samples"] for line in self.lines], self.world)
+        lines, self.lines = self.lines, []
+        self.seconds = {"waiting": 0.0, "all": 0.0}
+        if self.rank:
+            return
+        for number, line in enumerate(lines):
+            line["samples"] = [sample_name(sample) for share in shares for sample in share[number]]
+        save = partial(self._write, self.session.step, lines, self.session.snapshot())
+        self.saver.start(save)
+
+    def _write(self, step: int, lines: list[dict[str, Any]], files: Callable[[], dict[str, bytes]]) -> None:
+        if lines:
+            key = f"{LOG}{lines[0]['step']:09d}-{lines[-1]['step']:09d}.jsonl"
+            patiently(partial(self.store.put, key, log_bytes(lines)))
+        self.checkpoints.save(step, files(), loss=_loss_of(lines))
+
+    def _delivery(self) -> Delivery | None:
+        if self.rank:
+            return None
+        return Delivery(self.config.model.tracking_uri, self.config.run, artifacts=self.config.artifacts)
+
+
+def shaped(batch: dict[str, Tensor], booth: Personalizer) -> dict[str, Tensor]:
+    """A batch whose precomputed columns have their shapes: latents [b, C, h, w], prompt_embeds [b, T, W]."""
+    side = int(booth.base.unet.config.sample_size)
+    shapes = {
+        "latents": (int(booth.base.unet.config.in_channels), side, side),
+        "prompt_embeds": (int(booth.base.tokenizer.model_max_length), booth.base.text_width),
+    }
+    return {
+        name: values.float().unflatten(1, shapes[name]) if name in shapes else values for name, values in batch.items()
+    }
+
+
+def training_feed(job: TrainingJob) -> TrainingFeed:
+    """The examples of a training."""
+    return TrainingFeed(
+        shards=job.shards,
+        prepare=job.prepare,
+        seed=job.config.adapters.seed,
+        batch_size=job.config.adapters.batch_size,
+        rows_per_task=rows_per_task(job.prepare.image_size, job.prepare.encoder_size),
+        precomputed=job.config.precomputed,
+    )
+
+
+def validation_batch(job: TrainingJob) -> dict[str, Tensor]:
+    """The first pairs of the validation split as one batch; empty where the split is."""
+    feed = TrainingFeed(
+        shards=Shards.of(job.config.data, VALIDATION), prepare=job.prepare, seed=job.config.adapters.seed, batch_size=1
+    )
+    return first_examples(feed, job.config.validation.pairs) if feed.shards.uris else {}
+
+
+def _loss_of(lines: list[dict[str, Any]]) -> float:
+    """By which the checkpoint behind these steps is compared: the last validation's, else the mean of training."""
+    metrics = [line["metrics"] for line in lines]
+    for name in ("validation/loss", "loss"):
+        values = [each[name] for each in metrics if name in each]
+        if values:
+            return values[-1] if name == "validation/loss" else sum(values) / len(values)
+    return math.inf
+
+
+def _gathered(own: list[list[int]], world: int) -> list[list[list[int]]]:
+    """Every worker's, by rank."""
+    if world == 1:
+        return [own]
+    everyone: list[Any] = [None] * world
+    torch.distributed.all_gather_object(everyone, own)
+    return everyone

@@ -1,0 +1,86 @@
+"""From a registered candidate to a champion that anyone can load by name."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from instantbooth import Personalizer
+from instantbooth.config import GenerationDefaults
+from instantbooth.errors import WeightsError
+from instantbooth.evaluation.judges import AttributeJudge, IdentityJudge
+from instantbooth.miniature.world import ATTRIBUTES
+from instantbooth.tracking import CHAMPION, Registry, open_run
+from jobs.promote import PromoteConfig, judge, promote
+from tests.tiny import tiny_booth
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> PromoteConfig:
+    """A registry with one candidate, and judges that learned nothing."""
+    tracking_uri = f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    AttributeJudge(ATTRIBUTES).save(tmp_path / "judges/attributes")
+    IdentityJudge().save(tmp_path / "judges/identity")
+    config = PromoteConfig(tracking_uri=tracking_uri, identities=2, judges=tmp_path / "judges")
+    register(config, tiny, tmp_path, step=1)
+    return config
+
+
+def register(config: PromoteConfig, tiny: Path, folder: Path, *, step: int) -> str:
+    booth = tiny_booth(tiny)
+    booth.defaults = GenerationDefaults(num_inference_steps=2 + step)
+    booth.save_weights(folder / "weights")
+    run = open_run(config.tracking_uri, "file:///some/run", artifacts=(folder / "artifacts").as_uri())
+    return run.register(folder / "weights", step=step, base=str(tiny / "base"), image_encoder=str(tiny / "clip"))
+
+
+def test_a_candidate_becomes_champion_and_is_loaded_by_name(config: PromoteConfig, tiny: Path, tmp_path: Path) -> None:
+    first = promote(config)
+    assert (first.promoted, first.champion, first.candidate) == (True, None, "models:/instantbooth/1")
+    booth = Personalizer.from_pretrained("models:/instantbooth@champion", device="cpu")
+    assert booth.weights_digest == tiny_booth(tiny).weights_digest
+    named = Personalizer.from_pretrained(
+        tiny / "base", image_encoder=tiny / "clip", weights="models:/instantbooth@champion", device="cpu"
+    )
+    assert named.weights_digest == booth.weights_digest
+
+    assert register(config, tiny, tmp_path, step=2) == "models:/instantbooth/2"
+    assert register(config, tiny, tmp_path, step=2) == "models:/instantbooth/2"
+    refused = promote(replace(config, tolerance=-2.0))
+    assert (refused.promoted, refused.champion) == (False, "models:/instantbooth/1")
+    registry = Registry(config.tracking_uri)
+    assert registry.version(CHAMPION).number == "1"
+    assert promote(replace(config, tolerance=2.0)).promoted
+    assert registry.version(CHAMPION).number == "2"
+    assert Personalizer.from_pretrained("models:/instantbooth@champion").defaults.num_inference_steps == 4
+
+    from mlflow import MlflowClient
+
+    tags = (
+        MlflowClient(config.tracking_uri, registry_uri=config.tracking_uri).get_model_version("instantbooth", "2").tags
+    )
+    assert tags["promotion"] == "promoted"
+    assert "prompt_accuracy" in tags["reasons"]
+
+
+def test_a_gate_fails_where_the_candidate_is_worse_by_more_than_the_tolerance() -> None:
+    config = PromoteConfig(tolerance=0.02, floors=(0.0, 0.0, 0.5))
+    champion = {"identification_top1": 0.5, "identity_similarity": 0.6, "prompt_accuracy": 0.9}
+    assert judge(champion, champion, config)[0] == []
+    assert judge(champion | {"identification_top1": 0.481}, champion, config)[0] == []
+    failed, reasons = judge(champion | {"identification_top1": 0.479}, champion, config)
+    assert failed == ["identification_top1"]
+    assert "0.4790 fails: at least 0.4800 (champion 0.5000)" in reasons[0]
+    assert judge(champion | {"prompt_accuracy": 0.4}, None, config)[0] == ["prompt_accuracy"]
+
+
+@pytest.mark.usefixtures("config")
+def test_what_is_not_registered_is_named() -> None:
+    with pytest.raises(WeightsError, match="instantbooth@champion"):
+        Personalizer.from_pretrained("models:/instantbooth@champion")
+    with pytest.raises(WeightsError, match="names no version"):
+        Personalizer.from_pretrained("models:/instantbooth")
