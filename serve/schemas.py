@@ -76,7 +76,7 @@ class ImageParameters(Strict):
         examples=["a photo of a {subject} at the beach"],
     )
     model: Literal["instantbooth"] = Field(default="instantbooth", description="The one that is served.")
-    n: int = Field(default=1, ge=1, le=MAX_IMAGES, strict=True, description="Pictures; picture i has seed + i.")
+    n: int = Field(default=1, ge=1, le=MAX_IMAGES, description="Pictures; picture i has seed + i.")
     size: str = Field(default="auto", description="WIDTHxHEIGHT in pixels, or auto, the model's own.")
     response_format: Literal["b64_json", "url"] = Field(default="b64_json", description="Urls are short-lived.")
     output_format: OutputFormat = "png"

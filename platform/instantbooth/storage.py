@@ -59,6 +59,10 @@ class ObjectStore(Protocol):
 
     def exists(self, key: str) -> bool: ...
 
+    def delete(self, key: str) -> None:
+        """Removes an object; one that does not exist is no error."""
+        ...
+
     def uri(self, key: str) -> str:
         """Where the object is, for `read_uri`."""
         ...
@@ -181,6 +185,10 @@ class FileStore:
         with self._operation("look for", key) as path:
             return path.is_file()
 
+    def delete(self, key: str) -> None:
+        with self._operation("delete", key) as path:
+            path.unlink(missing_ok=True)
+
     def uri(self, key: str) -> str:
         return (self.root / check_key(key)).absolute().as_uri()
 
@@ -240,6 +248,10 @@ class S3Store:
     def exists(self, key: str) -> bool:
         with self._operation("look for", key) as (client, target):
             return _status_of((404,), client.head_object, **target) != 404
+
+    def delete(self, key: str) -> None:
+        with self._operation("delete", key) as (client, target):
+            client.delete_object(**target)
 
     def uri(self, key: str) -> str:
         return f"s3://{self.bucket}/{self._full_key(check_key(key))}"
