@@ -142,8 +142,8 @@ class Api:
         return answer(ConceptDeleted(id=concept_id))
 
     async def generate(self, request: Request) -> Response:
-        body = await read_json(request, GenerationBody)
         tenant, key = request.state.tenant, idempotency_key(request)
+        body = await read_json(request, GenerationBody)
         await self._concept(tenant, body.concept)
         if key is not None:
             return await self._generate_once(request, body, key)
@@ -173,10 +173,10 @@ class Api:
         return await self._answered(_Call(self, request, body, concept_id=None, encode_s=spent, verb="edit"), work)
 
     async def create_job(self, request: Request) -> Response:
+        key = idempotency_key(request)
         body = await read_json(request, GenerationBody)
         if body.stream:
             raise ApiError(422, "invalid_value", "stream: a job has its own events; leave it out", "stream")
-        key = idempotency_key(request)
         await self._concept(request.state.tenant, body.concept)
         return answer(await self._job(request, await self._submit(request.state.tenant, body, key)), status=202)
 

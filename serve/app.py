@@ -19,6 +19,8 @@ CALLS = 1000
 """Calls that a replica holds at once: each only waits, and what is bounded is bounded in pictures."""
 DRAIN_S = 60.0
 """How long a replica that is to go may finish what it holds."""
+DRAIN_LOOK_S = 0.5
+"""How often it looks whether it has."""
 
 
 def build(args: ServeConfig) -> Application:
@@ -31,12 +33,14 @@ def build(args: ServeConfig) -> Application:
         max_ongoing_requests=32,
         max_queued_requests=256,
         graceful_shutdown_timeout_s=DRAIN_S,
+        graceful_shutdown_wait_loop_s=DRAIN_LOOK_S,
         ray_actor_options={"num_cpus": 0.5},
     ).bind(config)
     diffusion = serve.deployment(
         DiffusionEngine,
         max_ongoing_requests=CALLS,
         graceful_shutdown_timeout_s=DRAIN_S,
+        graceful_shutdown_wait_loop_s=DRAIN_LOOK_S,
         health_check_period_s=2.0,
         ray_actor_options={"num_cpus": 1},
         request_router_config=RequestRouterConfig(request_router_class="serve.scaling:ConceptRouter"),
@@ -50,6 +54,7 @@ def build(args: ServeConfig) -> Application:
         JobRunner,
         num_replicas=1,
         max_ongoing_requests=CALLS,
+        graceful_shutdown_wait_loop_s=DRAIN_LOOK_S,
         health_check_period_s=2.0,
         ray_actor_options={"num_cpus": 0.1},
     ).bind(config, encoder, diffusion)
@@ -60,6 +65,7 @@ def build(args: ServeConfig) -> Application:
         max_queued_requests=CALLS,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=2),
         graceful_shutdown_timeout_s=DRAIN_S,
+        graceful_shutdown_wait_loop_s=DRAIN_LOOK_S,
         ray_actor_options={"num_cpus": 0.1},
     )
     return ingress.bind(config, encoder, diffusion, jobs)

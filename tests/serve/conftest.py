@@ -58,7 +58,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def server(ray_session: None, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     from ray import serve
 
@@ -96,7 +96,7 @@ def server(ray_session: None, tiny: Path, tmp_path_factory: pytest.TempPathFacto
     serve.shutdown()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def concept(server: Server) -> str:
     """A concept of ada's."""
     return server.ada.new_concept()
