@@ -25,7 +25,7 @@ from serve.concepts import ConceptStore
 from serve.config import ServeConfig
 from serve.messages import Begun, Event, Picture, Step, Work
 from serve.metrics import Snapshot, StageMetrics, engine_metrics
-from serve.model import load
+from serve.model import load, warm_up
 from serve.schemas import Parameters
 
 logger = logging.getLogger("ray.serve")
@@ -138,11 +138,10 @@ class DiffusionEngine:
         )
 
     def _warm_up(self) -> None:
-        concept = self.booth.encode([Image.new("RGB", (64, 64), "grey")])
         settings = dict.fromkeys(
             ("guidance_scale", "negative_prompt", "adapter_scale", "concept_scale", "sampler"), None
         )
-        request = self.booth.requests("{subject}", concept, seed=0, num_inference_steps=2, **settings)[0]
+        request = self.booth.requests("{subject}", warm_up(self.booth), seed=0, num_inference_steps=2, **settings)[0]
         self.engine.submit(request).result()
 
     def _sweep(self, every_s: float) -> None:

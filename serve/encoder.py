@@ -13,7 +13,7 @@ from instantbooth.model.personalizer import Subject
 from serve.config import ServeConfig
 from serve.messages import Encoded, Upload
 from serve.metrics import Snapshot, StageMetrics
-from serve.model import load
+from serve.model import load, warm_up
 
 MAX_REFERENCE_SIDE = 1024
 """Encoders look at 224 px around the subject: larger photos are scaled down once, where they are decoded."""
@@ -28,7 +28,7 @@ class ConceptEncoder:
         self.booth = load(config)
         self.limits = ImageLimits(max_bytes=config.max_image_bytes, max_pixels=config.max_image_pixels)
         self.metrics = StageMetrics("encode")
-        self.booth.encode([Image.new("RGB", (64, 64), "grey")])
+        warm_up(self.booth)
 
     async def encode(self, upload: Upload) -> Encoded:
         """The concept of an upload. Raises ImageError and ParameterError."""

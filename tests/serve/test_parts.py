@@ -157,7 +157,7 @@ def test_records_are_pages_of_their_tenant_and_claimed_once(tmp_path: Path) -> N
         "file:///etc/passwd",
         "https://[::1/",
     ],
-)  # fmt: skip
+)
 def test_only_named_hosts_are_asked_for_pictures(url: str) -> None:
     with pytest.raises(ApiError, match="image_url"):
         fetch(url, ["photos.example"], 100)
