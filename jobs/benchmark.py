@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from jobs import cli
 from jobs.benchmarks.adapter import adapter
+from jobs.benchmarks.serve import serve
 
 if __name__ == "__main__":
-    cli.commands({"adapter": adapter}, __doc__)
+    cli.commands({"adapter": adapter, "serve": serve}, __doc__)

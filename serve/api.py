@@ -273,12 +273,12 @@ class Api:
                 raise
 
     async def _generate_once(self, request: Request, body: GenerationBody, key: str) -> Response:
+        deadline_s = body.deadline_s or self.config.deadline_s
         with self.gate.enter(body.n):
-            async with asyncio.timeout(body.deadline_s or self.config.deadline_s):
-                record = await self._submit(request.state.tenant, body, key)
-                if body.stream:
-                    return self._job_stream(request, record)
-                record = await self._ask(lambda: self.jobs.wait.remote(request.state.tenant, record.id))
+            record = await self._submit(request.state.tenant, body, key)
+            if body.stream:
+                return self._job_stream(request, record)
+            record = await self._ask(lambda: self.jobs.wait.remote(request.state.tenant, record.id), deadline_s)
         if record.error is not None:
             raise ApiError(record.error_status, record.error.code, record.error.message, record.error.param)
         if record.status == "cancelled":
@@ -292,9 +292,9 @@ class Api:
     async def _record(self, request: Request, job_id: str) -> JobRecord:
         return await self._ask(lambda: self.jobs.get.remote(request.state.tenant, job_id))
 
-    async def _ask(self, question: Callable[[], Awaitable[Answer]]) -> Answer:
+    async def _ask(self, question: Callable[[], Awaitable[Answer]], within_s: float | None = None) -> Answer:
         """Asks the replica of the jobs, again where it is lost: every question may be asked twice."""
-        async with asyncio.timeout(self.config.deadline_s):
+        async with asyncio.timeout(within_s or self.config.deadline_s):
             while True:
                 try:
                     return await question()

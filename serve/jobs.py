@@ -20,6 +20,7 @@ from typing import Literal
 from pydantic import BaseModel, Field
 from ray.serve.handle import DeploymentHandle
 
+from instantbooth.errors import StorageError
 from instantbooth.storage import open_store
 from serve.concepts import ConceptStore
 from serve.config import ServeConfig
@@ -318,9 +319,18 @@ class JobRunner:
         record = running.record
         record.seconds = time.time() - record.created_at
         record.pictures.sort(key=lambda each: each.image_index)
-        await asyncio.to_thread(self.records.put, running.tenant, record)
+        await self._keep(running)
         self._running.pop(record.id, None)
         running.tell()
+
+    async def _keep(self, running: _Running) -> None:
+        """Writes a job's end, however long the store takes to come back: until then the job is not over."""
+        while True:
+            try:
+                return await asyncio.to_thread(self.records.put, running.tenant, running.record)
+            except StorageError as error:
+                logger.warning("job %s cannot be written now: %s", running.record.id, error)
+                await asyncio.sleep(RETRY_S)
 
     async def _clean_up(self) -> None:
         """Deletes what has expired, again and again."""

@@ -46,9 +46,11 @@ class Server:
 
 
 def png(seed: int, size: int = 40) -> bytes:
-    """A tiny photo."""
+    """A tiny picture whose alpha channel is its mask: no model would find a subject in it."""
     buffer = io.BytesIO()
-    portrait(seed, size)[0].save(buffer, "PNG")
+    image, mask = portrait(seed, size)
+    image.putalpha(mask)
+    image.save(buffer, "PNG")
     return buffer.getvalue()
 
 

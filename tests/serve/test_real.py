@@ -83,7 +83,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         process = subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log)
         url = f"http://127.0.0.1:{port}"
         try:
-            wait_until(lambda: process.poll() is not None or _ready(url), 180)
+            wait_until(lambda: process.poll() is not None or _ready(url), 90)
             assert process.poll() is None, (folder / "log").read_text()[-3000:]
             clients = {"ada": Client(url=url, key=ada[0]), "bob": Client(url=url, key=bob[0])}
             yield Server(url=url, store=folder / "store", **clients)
