@@ -6,7 +6,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -19,13 +19,14 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 
 from instantbooth.parameters import RANGES
 from instantbooth.prompts import CLASS_NOUNS
 from instantbooth.storage import open_store
 from serve.asgi import BodyLimit, Envelope, Errors, Keys, Page, answer
 from serve.bodies import ConceptForm, EditForm, Files, form_of, idempotency_key, json_of, read_form, read_json
+from serve.calls import Call
 from serve.concepts import ConceptRecord, ConceptStore
 from serve.config import ServeConfig
 from serve.errors import ApiError, of_exception
@@ -33,12 +34,11 @@ from serve.fetch import fetch
 from serve.jobs import JobRecord, cancelled
 from serve.keys import Keyring
 from serve.limits import Gate
-from serve.messages import Begun, Encoded, Event, Picture, Step, Upload, Work
+from serve.messages import Begun, Encoded, Event, Picture, Upload, Work
 from serve.metrics import Snapshot, StageMetrics, exposition
-from serve.pictures import PREFIX, PictureStore, base64_of, images_response
+from serve.pictures import PREFIX, PictureStore
 from serve.records import new_id
 from serve.schemas import (
-    CompletedEvent,
     ConceptDeleted,
     ConceptList,
     ConceptObject,
@@ -46,7 +46,6 @@ from serve.schemas import (
     ErrorBody,
     GenerationBody,
     Health,
-    ImageData,
     ImageParameters,
     ImagesResponse,
     JobList,
@@ -54,10 +53,6 @@ from serve.schemas import (
     Limits,
     Model,
     ModelList,
-    PartialImageEvent,
-    ProgressEvent,
-    Timings,
-    UsedConcept,
 )
 from serve.stages import LOST, PAUSE_S, Stages
 
@@ -99,14 +94,17 @@ class Api:
         return build_app(self)
 
     async def models(self) -> Response:
+        """The model that is served, with its limits and defaults."""
         return answer(ModelList(data=[await self._described()]))
 
     async def model(self, model_id: str) -> Response:
+        """The same by its id."""
         if model_id != "instantbooth":
             raise ApiError(404, "not_found", f"there is no model {model_id[:80]!r}; instantbooth is served")
         return answer(await self._described())
 
     async def create_concept(self, request: Request) -> Response:
+        """Photos of one subject become a concept; the photos are not kept."""
         with self.uploads.enter(), self.metrics.timed():
             form, files = await self._form(request, ConceptForm)
             ttl_s = form.ttl_s or self.config.concept_ttl_s
@@ -124,14 +122,17 @@ class Api:
         return answer(_concept(record), status=201)
 
     async def list_concepts(self, request: Request, limit: PageLimit = 20, after: After = None) -> Response:
+        """The tenant's concepts, the newest first."""
         found, more = await asyncio.to_thread(self.concepts.records.page, request.state.tenant, limit, after)
         data = [_concept(record) for record in found]
         return answer(ConceptList(data=data, has_more=more, last_id=data[-1].id if data else None))
 
     async def get_concept(self, request: Request, concept_id: str) -> Response:
+        """One of them."""
         return answer(_concept(await self._concept(request.state.tenant, concept_id)))
 
     async def delete_concept(self, request: Request, concept_id: str) -> Response:
+        """Removes a concept from the store and from every cache."""
         tenant = request.state.tenant
         await asyncio.to_thread(self.concepts.delete, tenant, concept_id)
         try:
@@ -142,6 +143,7 @@ class Api:
         return answer(ConceptDeleted(id=concept_id))
 
     async def generate(self, request: Request) -> Response:
+        """Pictures of a concept, in one answer or as events."""
         tenant, key = request.state.tenant, idempotency_key(request)
         body = await read_json(request, GenerationBody)
         await self._concept(tenant, body.concept)
@@ -150,9 +152,10 @@ class Api:
         work = Work.of(
             tenant, body, seed=_seed(body), deadline_s=body.deadline_s or self.config.deadline_s, progress=body.stream
         )
-        return await self._answered(_Call(self, request, body, concept_id=body.concept), work)
+        return await self._answered(self._live_call(request, body, concept_id=body.concept), work)
 
     async def edit(self, request: Request) -> Response:
+        """Photos and prompt in one call; the concept is not kept."""
         started = time.monotonic()
         deadline_s = self.config.deadline_s
         with self.uploads.enter():
@@ -170,9 +173,10 @@ class Api:
             concept=encoded.data,
             progress=body.stream,
         )
-        return await self._answered(_Call(self, request, body, concept_id=None, encode_s=spent, verb="edit"), work)
+        return await self._answered(self._live_call(request, body, encode_s=spent, verb="edit"), work)
 
     async def create_job(self, request: Request) -> Response:
+        """Accepts a generation that runs by itself."""
         key = idempotency_key(request)
         body = await read_json(request, GenerationBody)
         if body.stream:
@@ -181,31 +185,38 @@ class Api:
         return answer(await self._job(request, await self._submit(request.state.tenant, body, key)), status=202)
 
     async def list_jobs(self, request: Request, limit: PageLimit = 20, after: After = None) -> Response:
+        """The tenant's jobs, the newest first."""
         found, more = await self._ask(lambda: self.jobs.page.remote(request.state.tenant, limit, after))
         data = [_job(record) for record in found]
         return answer(JobList(data=data, has_more=more, last_id=data[-1].id if data else None))
 
     async def get_job(self, request: Request, job_id: str) -> Response:
+        """One of them, with its pictures once it has succeeded."""
         return answer(await self._job(request, await self._record(request, job_id)))
 
     async def cancel_job(self, request: Request, job_id: str) -> Response:
+        """Ends an unfinished job."""
         await self._record(request, job_id)
         return answer(_job(await self._ask(lambda: self.jobs.cancel.remote(request.state.tenant, job_id))))
 
     async def job_events(self, request: Request, job_id: str) -> Response:
+        """What happens in a job, from its beginning, as events."""
         record = await self._record(request, job_id)
         return self._job_stream(request, record)
 
     async def file(self, tenant: str, name: str, expires: int = 0, signature: str = "") -> Response:
+        """A picture, to whoever has its signed url."""
         self.pictures.check(tenant, name, expires, signature)
         data = await asyncio.to_thread(self.pictures.get, tenant, name)
         headers = {"Cache-Control": f"private, max-age={max(0, expires - int(time.time()))}"}
         return Response(data, media_type=f"image/{name.rpartition('.')[2]}", headers=headers)
 
     async def healthz(self) -> Response:
+        """Whether this process answers."""
         return answer(Health())
 
     async def readyz(self) -> Response:
+        """Whether pictures can be made: a diffusion replica is warm."""
         try:
             await self.stages.describe(READY_S)
         except Exception:
@@ -213,6 +224,7 @@ class Api:
         return answer(Health())
 
     async def metrics_page(self) -> Response:
+        """What all replicas counted, in Prometheus' format."""
         own = serve.get_replica_context()
         handles = [
             serve.get_deployment_handle(own.deployment, own.app_name),
@@ -251,7 +263,7 @@ class Api:
     async def _concept(self, tenant: str, concept_id: str) -> ConceptRecord:
         return await asyncio.to_thread(self.concepts.records.get, tenant, concept_id)
 
-    async def _answered(self, call: _Call, work: Work) -> Response:
+    async def _answered(self, call: Call, work: Work) -> Response:
         """The pictures of a work, in one answer or as events. What is wrong with it has its status either way."""
         events = self._events(work)
         begun = await anext(events)
@@ -262,7 +274,7 @@ class Api:
             pictures = [event async for event in events if isinstance(event, Picture)]
         return answer(await call.response(begun, pictures))
 
-    async def _events(self, work: Work) -> AsyncIterator[Event]:
+    async def _events(self, work: Work) -> AsyncGenerator[Event, None]:
         with self.gate.enter(work.n), self.metrics.timed():
             try:
                 async with aclosing(self.stages.generate(work)) as events:
@@ -308,7 +320,7 @@ class Api:
     async def _result(self, request: Request, record: JobRecord) -> ImagesResponse:
         """What the job was asked for, the same bytes whenever it is asked for."""
         assert record.begun is not None
-        call = _Call(self, request, record.body, concept_id=record.body.concept, record=record)
+        call = self._job_call(request, record)
         pictures = [
             Picture(
                 data=await asyncio.to_thread(self.pictures.get, request.state.tenant, each.name),
@@ -318,118 +330,32 @@ class Api:
         ]
         return await call.response(record.begun, pictures)
 
-    def _job_stream(self, request: Request, record: JobRecord) -> Response:
-        call = _Call(self, request, record.body, concept_id=record.body.concept, record=record)
-        return call.stream(None, self.jobs.options(stream=True).events.remote(request.state.tenant, record.id))
+    def _live_call(self, request: Request, body: ImageParameters, **details: Any) -> Call:
+        now = int(time.time())
+        ends = now + self.config.url_ttl_s
+        return Call(self.pictures, request, body, call_id=new_id("file"), created=now, expires=ends, **details)
 
-
-class _Call:
-    """One client's call, on its way out."""
-
-    def __init__(
-        self,
-        api: Api,
-        request: Request,
-        body: ImageParameters,
-        *,
-        concept_id: str | None,
-        encode_s: float = 0.0,
-        verb: str = "generation",
-        record: JobRecord | None = None,
-    ) -> None:
-        self.api = api
-        self.body = body
-        self.concept_id = concept_id
-        self.encode_s = encode_s
-        self.verb = verb
-        self.record = record
-        self.tenant: str = request.state.tenant
-        self.base_url = str(request.base_url).rstrip("/")
-        self.created = int(time.time()) if record is None else record.created_at
-        self.id = new_id("file") if record is None else record.id
-        self.url_ttl_s = api.config.url_ttl_s if record is None else api.config.job_ttl_s
-
-    async def response(self, begun: Begun, pictures: list[Picture]) -> ImagesResponse:
-        """Everything at once."""
-        pictures = sorted(pictures, key=lambda picture: picture.image_index)
-        data = [await self._data(picture, begun) for picture in pictures]
-        return images_response(
-            self.body,
-            begun,
-            data,
-            self._timings(pictures),
-            created=self.created,
-            concept_id=self.concept_id,
+    def _job_call(self, request: Request, record: JobRecord) -> Call:
+        return Call(
+            self.pictures,
+            request,
+            record.body,
+            concept_id=record.body.concept,
+            call_id=record.id,
+            created=record.created_at,
+            expires=record.expires_at,
         )
 
-    def stream(self, begun: Begun | None, events: AsyncIterator[Event]) -> StreamingResponse:
-        """Each event as it comes."""
-        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        return StreamingResponse(self._sse(begun, events), media_type="text/event-stream", headers=headers)
+    def _job_stream(self, request: Request, record: JobRecord) -> Response:
+        return self._job_call(request, record).stream(None, self._job_events(request.state.tenant, record.id))
 
-    async def _sse(self, begun: Begun | None, events: AsyncIterator[Event]) -> AsyncIterator[str]:
-        shown: dict[int, int] = {}
+    async def _job_events(self, tenant: str, job_id: str) -> AsyncGenerator[Event, None]:
+        events = self.jobs.options(stream=True).events.remote(tenant, job_id)
         try:
             async for event in events:
-                if isinstance(event, Begun):
-                    begun = event
-                    continue
-                assert begun is not None
-                yield _sse(await self._event(begun, event, shown))
-        except Exception as error:
-            yield _sse_error(of_exception(error))
+                yield event
         finally:
-            if hasattr(events, "aclose"):
-                await events.aclose()
-            else:
-                events.cancel()  # type: ignore[attr-defined]
-
-    async def _event(self, begun: Begun, event: Step | Picture, shown: dict[int, int]) -> BaseModel:
-        size = {"size": begun.size, "output_format": self.body.output_format, "created_at": self.created}
-        if isinstance(event, Picture):
-            data = await self._data(event, begun)
-            return CompletedEvent(
-                type=f"image_{self.verb}.completed",
-                image_index=event.image_index,
-                **data.model_dump(include={"b64_json", "url", "seed"}),
-                **size,
-                parameters=begun.parameters,
-                weights=begun.weights,
-                concept=UsedConcept(id=self.concept_id, digest=begun.concept_digest),
-                concept_cache="hit" if begun.cache_hit else "miss",
-                timings=self._timings([event]),
-            )
-        where = {"image_index": event.image_index, "step": event.step, "steps": event.steps}
-        if event.preview is None:
-            return ProgressEvent(type=f"image_{self.verb}.progress", **where)
-        number = shown[event.image_index] = shown.get(event.image_index, -1) + 1
-        return PartialImageEvent(
-            type=f"image_{self.verb}.partial_image",
-            b64_json=base64_of(event.preview),
-            partial_image_index=number,
-            **where,
-            **size,
-        )
-
-    async def _data(self, picture: Picture, begun: Begun) -> ImageData:
-        known = {"seed": picture.seed, "revised_prompt": begun.prompt}
-        if self.body.response_format == "b64_json":
-            return ImageData(b64_json=base64_of(picture.data), **known)
-        name = f"{self.id}-{picture.image_index}.{self.body.output_format}"
-        if self.record is None:
-            await asyncio.to_thread(self.api.pictures.put, self.tenant, name, picture.data)
-        path = self.api.pictures.path(self.tenant, name, self.created + self.url_ttl_s)
-        return ImageData(url=f"{self.base_url}{path}", **known)
-
-    def _timings(self, pictures: list[Picture]) -> Timings:
-        queue_s = max(picture.queue_s for picture in pictures)
-        total_s = max(picture.queue_s + picture.generate_s for picture in pictures)
-        return Timings(
-            encode_s=round(self.encode_s, 4),
-            queue_s=round(queue_s, 4),
-            generate_s=round(total_s - queue_s, 4),
-            total_s=round(self.encode_s + total_s, 4),
-        )
+            events.cancel()
 
 
 class _Route(APIRoute):
@@ -540,11 +466,3 @@ def _model(config: ServeConfig, created: int, described: dict[str, Any]) -> Mode
             **described["defaults"],
         ),
     )
-
-
-def _sse(event: BaseModel) -> str:
-    return f"event: {event.type}\ndata: {event.model_dump_json(exclude_none=True)}\n\n"  # type: ignore[attr-defined]
-
-
-def _sse_error(error: ApiError) -> str:
-    return f"event: error\ndata: {error.body.model_dump_json()}\n\n"

@@ -11,9 +11,7 @@ from hashlib import sha256
 from instantbooth.errors import MissingObjectError
 from instantbooth.storage import ObjectStore, patiently
 from serve.errors import ApiError, not_found
-from serve.messages import Begun
 from serve.records import born_at
-from serve.schemas import ImageData, ImageParameters, ImagesResponse, Timings, UsedConcept
 
 NAME = re.compile(r"(?P<id>(?:file|job)_[0-9a-f]{24})-\d{1,2}\.(?P<format>png|jpeg|webp)")
 PREFIX = "/v1/images/files"
@@ -64,26 +62,3 @@ class PictureStore:
 def base64_of(data: bytes) -> str:
     """As JSON carries it."""
     return base64.b64encode(data).decode()
-
-
-def images_response(
-    body: ImageParameters,
-    begun: Begun,
-    data: list[ImageData],
-    timings: Timings,
-    *,
-    created: int,
-    concept_id: str | None,
-) -> ImagesResponse:
-    """The answer that a body asked for."""
-    return ImagesResponse(
-        created=created,
-        data=data,
-        output_format=body.output_format,
-        size=begun.size,
-        parameters=begun.parameters,
-        weights=begun.weights,
-        concept=UsedConcept(id=concept_id, digest=begun.concept_digest),
-        concept_cache="hit" if begun.cache_hit else "miss",
-        timings=timings,
-    )
