@@ -79,7 +79,8 @@ def of_validation(error: ValidationError) -> ApiError:
     more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
         return ApiError(422, "unknown_parameter", f"there is no parameter {param!r}; remove it{more}", param)
-    return ApiError(422, "invalid_value", f"{param}: {reason}{more}; see the limits at /v1/models", param)
+    where = f"{param}: " if param else ""
+    return ApiError(422, "invalid_value", f"{where}{reason}{more}; see the limits at /v1/models", param)
 
 
 def of_exception(error: BaseException) -> ApiError:

@@ -106,6 +106,13 @@ class ImageParameters(Strict):
             raise ValueError(f"must be auto or WIDTHxHEIGHT such as 64x64, is {value!r}")
         return value
 
+    @field_validator("prompt", "negative_prompt")
+    @classmethod
+    def _text(cls, value: str | None) -> str | None:
+        if value is not None and "\0" in value:
+            raise ValueError("must hold no NUL character")
+        return value
+
     @property
     def width_height(self) -> tuple[int | None, int | None]:
         """Pixels; None for the model's own."""

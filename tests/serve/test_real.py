@@ -32,7 +32,7 @@ import yaml
 from PIL import Image
 
 from tests.serve import test_endpoint
-from tests.serve.conftest import Client, Server, free_port
+from tests.serve.conftest import Client, Server, free_port, png
 from tests.serve.test_endpoint import body, generated, metric, wait_until
 
 pytestmark = pytest.mark.serving
@@ -132,6 +132,23 @@ def resident_bytes(pids: dict[str, int]) -> int:
 )
 def test_promises_hold_with_the_miniature(real: Server, promise: Callable[[Server, str], None]) -> None:
     promise(real, real.ada.new_concept(seed=1))
+
+
+def test_a_request_is_traced_through_both_stages_and_its_photo_is_not(real: Server) -> None:
+    trace = f"trace-{random.randrange(10**9)}"
+    files, fields = [("image", ("secret-name.png", png(3)))], {"prompt": test_endpoint.PROMPT}
+    answer = real.ada("POST", "/v1/images/edits", files=files, data=fields, headers={"X-Request-ID": trace})
+    assert answer.headers["X-Request-ID"] == trace
+
+    def log() -> str:
+        return (real.store.parent / "log").read_text()
+
+    def stages() -> set[str]:
+        return set(re.findall(rf"instantbooth:(\w+) pid=.*{trace}", log()))
+
+    wait_until(lambda: {"Api", "ConceptEncoder", "DiffusionEngine"} <= stages())
+    assert "secret-name" not in log()
+    assert test_endpoint.PROMPT not in log()
 
 
 def test_no_request_made_up_from_the_schema_breaks_the_server(real: Server) -> None:
