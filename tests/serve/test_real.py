@@ -5,9 +5,7 @@ SERVING_SCALE below 1 shortens what lasts minutes, for a look; what is promised 
 
 from __future__ import annotations
 
-import base64
 import http.client
-import io
 import json
 import os
 import random
@@ -20,20 +18,19 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
 import pytest
 import requests
 import yaml
-from PIL import Image
 
 from tests.serve import test_endpoint
 from tests.serve.conftest import Client, Server, free_port, png
-from tests.serve.test_endpoint import body, generated, metric, wait_until
+from tests.serve.test_endpoint import body, generated, metric, pixels, wait_until
 
 pytestmark = pytest.mark.serving
 
@@ -62,11 +59,12 @@ class Tally:
             self.seconds.setdefault(status, []).append(seconds)
 
 
-@pytest.fixture(scope="module")
-def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+@contextmanager
+def running(folder: Path, autoscaling: dict[str, Any]) -> Iterator[Server]:
+    """infra/serve.yaml on this machine: loopback, two tenants, no GPU; `autoscaling` of the diffusion stage."""
     from serve.keys import new_key
 
-    folder, port, ada, bob = tmp_path_factory.mktemp("real"), free_port(), new_key(), new_key()
+    port, ada, bob = free_port(), new_key(), new_key()
     config = yaml.safe_load((ROOT / "infra" / "serve.yaml").read_text())
     config["http_options"] |= {"host": "127.0.0.1", "port": port}
     application = config["applications"][0]
@@ -75,7 +73,8 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     for deployment in application["deployments"]:
         deployment["ray_actor_options"] = {"num_cpus": 0.1}
         if "autoscaling_config" in deployment:
-            deployment["autoscaling_config"] |= {"min_replicas": 1, "max_replicas": 1}
+            own = autoscaling if deployment["name"] == "DiffusionEngine" else {}
+            deployment["autoscaling_config"] |= {"min_replicas": 1, "max_replicas": 1} | own
     (folder / "serve.yaml").write_text(yaml.safe_dump(config))
     environment = os.environ | {"PYTHONPATH": f"{ROOT / 'platform'}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
     command = [Path(sys.executable).parent / "serve", "run", "-a", "local", folder / "serve.yaml"]
@@ -83,7 +82,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         process = subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log)
         url = f"http://127.0.0.1:{port}"
         try:
-            wait_until(lambda: process.poll() is not None or _ready(url), 90)
+            wait_until(lambda: process.poll() is not None or _ready(url), 120)
             assert process.poll() is None, (folder / "log").read_text()[-3000:]
             clients = {"ada": Client(url=url, key=ada[0]), "bob": Client(url=url, key=bob[0])}
             yield Server(url=url, store=folder / "store", **clients)
@@ -93,6 +92,12 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with running(tmp_path_factory.mktemp("real"), {}) as server:
+        yield server
+
+
+@pytest.fixture
 def concept(real: Server) -> str:
     return real.ada.new_concept(seed=1)
 
@@ -109,10 +114,6 @@ def replicas(server: Server) -> dict[str, int]:
     page = requests.get(f"{server.url}/metrics", timeout=10).text
     found = re.findall(r'instantbooth_stage_seconds_count{replica="[^"]*-(\d+)",stage="(\w+)"}', page)
     return {stage: int(pid) for pid, stage in found}
-
-
-def pixels(answer: dict[str, Any]) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(answer["data"][0]["b64_json"]))), int)
 
 
 def resident_bytes(pids: dict[str, int]) -> int:
@@ -151,13 +152,27 @@ def test_a_request_is_traced_through_both_stages_and_its_photo_is_not(real: Serv
     assert test_endpoint.PROMPT not in log()
 
 
-def test_no_request_made_up_from_the_schema_breaks_the_server(real: Server) -> None:
-    command = [Path(sys.executable).parent / "schemathesis", "run", f"{real.url}/openapi.json"]
-    options = ["-H", f"Authorization: Bearer {real.ada.key}", "-c", "not_a_server_error", "--request-timeout", "60"]
+def test_no_request_made_up_from_the_schema_breaks_the_server(real: Server, concept: str) -> None:
+    schema = real.store.parent / "openapi.json"
+    schema.write_text(json.dumps(_with_concept(real.ada("GET", "/openapi.json").json(), concept)))
+    command = [Path(sys.executable).parent / "schemathesis", "run", schema, "-u", real.url, "--request-timeout", "60"]
+    checks = ["-c", "not_a_server_error", "-H", f"Authorization: Bearer {real.ada.key}"]
     budget = ["--max-examples", str(max(5, int(50 * SCALE))), "--phases", "examples,coverage,fuzzing", "-w", "2"]
-    result = subprocess.run([*command, *options, *budget], capture_output=True, text=True, cwd=real.store.parent)
-    print(result.stdout[-2500:])
+    result = subprocess.run([*command, *checks, *budget], capture_output=True, text=True, cwd=real.store.parent)
+    print(result.stdout[-1500:])
     assert result.returncode == 0, result.stdout[-6000:]
+
+
+def _with_concept(schema: dict[str, Any], concept: str) -> dict[str, Any]:
+    """The schema where bodies name a concept that exists, and ask for little, in time that suffices."""
+    for path in ("/v1/images/generations", "/v1/images/jobs"):
+        properties = schema["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]["properties"]
+        properties["concept"] = {"const": concept}
+        properties["prompt"] = {"enum": ["{subject}", "a {subject} at the beach", "none", "{subject} {subject}"]}
+        properties["num_inference_steps"] |= {"maximum": 3}
+        properties["n"] |= {"maximum": 2}
+        properties["deadline_s"] = {"type": "number", "minimum": 60, "maximum": 600}
+    return schema
 
 
 def test_a_hundred_calls_with_one_key_are_one_generation(real: Server, concept: str) -> None:
@@ -188,12 +203,13 @@ def test_clients_that_leave_at_any_moment_leave_nothing_behind(real: Server, con
 def test_killed_replicas_cost_no_job_and_no_wrong_picture(real: Server, concept: str) -> None:
     seeds = range(6)
     wanted = [
-        pixels(_patiently(real.ada, body(concept, seed=n, num_inference_steps=STEPS), f"w{n}").json()) for n in seeds
+        pixels(_b64(_patiently(real.ada, body(concept, seed=n, num_inference_steps=STEPS), f"w{n}").json()))
+        for n in seeds
     ]
     ends, killed, checked, jobs = time.monotonic() + CHAOS_S, Counter[str](), Counter[str](), dict[str, int]()
 
     def right(answer: dict[str, Any], seed: int) -> bool:
-        return bool(abs(pixels(answer) - wanted[seed]).max() <= 1)
+        return bool(abs(pixels(_b64(answer)) - wanted[seed]).max() <= 1)
 
     def call(worker: int) -> None:
         number = 0
@@ -271,6 +287,25 @@ def test_overload_costs_no_throughput_and_ends_with_the_load(real: Server, conce
     assert recovery <= 10
 
 
+def test_replicas_follow_the_work(tmp_path: Path) -> None:
+    policy = {"policy_function": "serve.scaling:QueuedWorkPolicy", "policy_kwargs": {"rows_per_replica": 200}}
+    delays = {"upscale_delay_s": 2, "downscale_delay_s": 10, "look_back_period_s": 6, "metrics_interval_s": 1}
+    with running(tmp_path, {"max_replicas": 2, "policy": policy, **delays}) as server:
+        concept = server.ada.new_concept()
+        with ThreadPoolExecutor(1) as pool:
+            # One request, but of 2000 rows: counting requests would see no reason to grow.
+            call = pool.submit(generated, server.ada, concept, n=10, num_inference_steps=100, guidance_scale=7)
+            grown = wait_until(lambda: _diffusion_replicas(server) == 2, 60)
+            assert call.result().status_code == 200
+        shrunk = wait_until(lambda: _diffusion_replicas(server) == 1, 90)
+    print(f"a second replica was warm after {grown:.0f} s, and gone {shrunk:.0f} s after the work")
+
+
+def _diffusion_replicas(server: Server) -> int:
+    page = requests.get(f"{server.url}/metrics", timeout=10).text
+    return len(re.findall(r"^instantbooth_row_budget{", page, re.MULTILINE))
+
+
 def _capacity(server: Server, wanted: dict[str, Any]) -> float:
     """Pictures a second of callers who wait, as many as the endpoint takes."""
     tally, ends = Tally(), time.monotonic() + max(10.0, 30 * SCALE)
@@ -305,6 +340,10 @@ def _patiently(client: Client, wanted: dict[str, Any], key: str) -> requests.Res
         except requests.RequestException:
             pass
         time.sleep(0.3)
+
+
+def _b64(answer: dict[str, Any]) -> str:
+    return str(answer["data"][0]["b64_json"])
 
 
 def _finished(client: Client, job: str) -> dict[str, Any] | None:
