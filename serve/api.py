@@ -146,6 +146,8 @@ class Api:
         """Pictures of a concept, in one answer or as events."""
         tenant, key = request.state.tenant, idempotency_key(request)
         body = await read_json(request, GenerationBody)
+        # Refused before the store is asked for anything.
+        self.gate.check(body.n)
         await self._concept(tenant, body.concept)
         if key is not None:
             return await self._generate_once(request, body, key)

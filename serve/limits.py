@@ -22,9 +22,8 @@ class Gate:
         self._seconds = 1.0
         """What a call took, on average, the recent ones above all."""
 
-    @contextmanager
-    def enter(self, places: int = 1) -> Iterator[None]:
-        """Takes places for as long as the call lasts. ApiError 429 where there are too few."""
+    def check(self, places: int = 1) -> None:
+        """ApiError 429 where there are too few places; one call may always have all of them."""
         if self.taken and self.taken + places > self.places:
             wait = min(MAX_RETRY_AFTER_S, math.ceil(self._seconds))
             raise ApiError(
@@ -33,6 +32,11 @@ class Gate:
                 f"{self.taken} {self._what} are under way and at most {self.places} may be; try again in {wait} s",
                 retry_after_s=wait,
             )
+
+    @contextmanager
+    def enter(self, places: int = 1) -> Iterator[None]:
+        """Takes places for as long as the call lasts. ApiError 429 where there are too few."""
+        self.check(places)
         self.taken += places
         started = time.monotonic()
         try:
