@@ -47,7 +47,7 @@ class ServeConfig(BaseModel):
     """Largest number tried when measuring."""
     max_requests: int = Field(default=256, ge=1)
     """Pictures that a diffusion replica holds, waiting ones included; beyond them the answer is 429."""
-    max_pending_images: int = Field(default=64, ge=1)
+    max_pending_images: int = Field(default=32, ge=1)
     """Pictures that an ingress replica waits for; beyond them the answer is 429."""
     max_pending_uploads: int = Field(default=16, ge=1)
     """Concepts that an ingress replica waits for."""

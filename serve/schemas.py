@@ -25,8 +25,8 @@
     GET    /healthz, /readyz, /metrics
 
 Every request but the page's, the signed urls' and the last line's carries "Authorization: Bearer KEY" where the server
-has keys. POST /v1/images/generations and /v1/images/jobs take the header Idempotency-Key, and only they. Every answer carries
-X-Request-ID. Every error is an ErrorBody; 429 and 503 tell in Retry-After when to come back.
+has keys. POST /v1/images/generations and /v1/images/jobs take the header Idempotency-Key, and only they. Every answer
+carries X-Request-ID. Every error is an ErrorBody; 429 and 503 tell in Retry-After when to come back.
 
 A stream is Server-Sent Events, `event: TYPE` and `data: JSON`, where the JSON has the same "type":
 
@@ -39,7 +39,7 @@ A stream is Server-Sent Events, `event: TYPE` and `data: JSON`, where the JSON h
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -358,6 +358,3 @@ class Health(BaseModel):
     """/healthz and /readyz."""
 
     status: Literal["ok"] = "ok"
-
-
-Limit = Annotated[int, Field(ge=1, le=100)]
