@@ -5,7 +5,7 @@ BIN := .venv/bin
 export DIFFUSERS_DISABLE_REMOTE_CODE := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: demo test test-full test-chaos test-chaos-training test-stack lint bench clean
+.PHONY: demo test test-full test-chaos test-chaos-training test-stack test-serve lint bench serve clean
 
 # exec leaves no shell between make and Python: Ctrl-C reaches the driver, which takes its Ray processes down with it.
 demo: .venv/installed
@@ -28,6 +28,14 @@ test-chaos-training: .venv/installed
 # Ingest, train and promote as Ray jobs, on the S3 that AWS_ENDPOINT_URL names and a tracking server of its own.
 test-stack: .venv/installed
 	PATH=$(CURDIR)/$(BIN):$$PATH infra/stack.sh test
+
+# The real endpoint under failures and overload: some ten minutes on a quiet machine.
+test-serve: .venv/installed
+	$(BIN)/pytest -q -s --durations=10 -m serving tests/serve
+
+# http://127.0.0.1:8000 until Ctrl-C: the page and the API, with the miniature.
+serve: .venv/installed
+	@PYTHONPATH=$(CURDIR)/platform:$(CURDIR) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} exec $(BIN)/serve run serve.app:build
 
 lint: .venv/installed
 	$(BIN)/ruff check

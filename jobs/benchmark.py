@@ -7,7 +7,10 @@ from jobs.benchmarks.adapter import adapter
 from jobs.benchmarks.bulk import bulk
 from jobs.benchmarks.feed import feed
 from jobs.benchmarks.million import million
+from jobs.benchmarks.serve import serve
 from jobs.benchmarks.train import train
 
+COMMANDS = {"adapter": adapter, "bulk": bulk, "feed": feed, "million": million, "serve": serve, "train": train}
+
 if __name__ == "__main__":
-    cli.commands({"adapter": adapter, "bulk": bulk, "feed": feed, "million": million, "train": train}, __doc__)
+    cli.commands(COMMANDS, __doc__)

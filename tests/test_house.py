@@ -29,6 +29,7 @@ FORBIDDEN = {
     ],
     "pipelines/**/*.py": [*WEB, "jobs", "serve"],
     "jobs/**/*.py": WEB,
+    "serve/**/*.py": ["pipelines", "jobs"],
 }
 
 

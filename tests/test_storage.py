@@ -71,6 +71,15 @@ def test_the_first_writer_wins_and_only_the_first(store: ObjectStore) -> None:
     assert list(store.list()) == ["runs/1"]
 
 
+def test_a_deleted_object_is_gone_and_may_be_written_anew(store: ObjectStore) -> None:
+    store.put("runs/1", b"old")
+    for _ in range(2):
+        store.delete("runs/1")
+    assert not store.exists("runs/1")
+    assert list(store.list()) == []
+    assert store.put_if_absent("runs/1", b"new")
+
+
 def test_a_missing_or_oversized_object_is_named(store: ObjectStore) -> None:
     with pytest.raises(StorageError, match="runs/none"):
         store.get("runs/none")

@@ -208,6 +208,17 @@ def test_progress_and_previews_arrive_in_order(booth: Personalizer, concepts: li
     assert ticket.result(0).size == (32, 32)
 
 
+def test_a_listener_is_told_instead(booth: Personalizer, concepts: list[Concept], engine: Engine) -> None:
+    heard: list[int] = []
+    ticket = engine.submit(request(booth, concepts[0]), listener=lambda progress: heard.append(progress.step))
+    ticket.result(20)
+    assert heard == [1, 2, 3, 4]
+    assert list(ticket.updates()) == []
+    assert engine.alive
+    engine.close()
+    assert not engine.alive
+
+
 def test_closing_finishes_what_was_taken_or_says_that_it_does_not(booth: Personalizer, concepts: list[Concept]) -> None:
     engine = Engine(booth, SMALL)
     tickets = [engine.submit(request(booth, concepts[0], seed=seed)) for seed in range(5)]

@@ -101,6 +101,17 @@ def test_the_embedding_is_the_mean_and_the_features_are_the_concatenation(booth:
     assert together.patch_features.shape == (3 * 17, booth.base.text_width)
 
 
+def test_subjects_encoded_together_become_what_each_becomes_alone(booth: Personalizer) -> None:
+    pairs = [[portrait(10 * count + n) for n in range(count)] for count in (2, 1, 3)]
+    subjects = [([image for image, _ in each], [mask for _, mask in each]) for each in pairs]
+    together = booth.encode_subjects([booth.prepare(images, "cat", masks) for images, masks in subjects])
+    for concept, (images, masks) in zip(together, subjects, strict=True):
+        alone = booth.encode(images, "cat", masks)
+        assert (concept.class_noun, concept.image_digests) == (alone.class_noun, alone.image_digests)
+        torch.testing.assert_close(concept.concept_embedding, alone.concept_embedding)
+        torch.testing.assert_close(concept.patch_features, alone.patch_features)
+
+
 def test_the_order_of_reference_images_does_not_matter(booth: Personalizer) -> None:
     latents = [
         booth.sample(booth.requests(PROMPT, encode(booth, order), num_inference_steps=4, adapter_scale=1, **rest()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -117,17 +117,26 @@ class Engine:
         self._thread = Thread(target=self._run, name="instantbooth-engine", daemon=True)
         self._thread.start()
 
-    def submit(self, request: Request, *, deadline_s: float | None = None, previews: int = 0) -> Ticket:
+    def submit(
+        self,
+        request: Request,
+        *,
+        deadline_s: float | None = None,
+        previews: int = 0,
+        listener: Callable[[Progress], None] | None = None,
+    ) -> Ticket:
         """Takes a request on; it joins at the next step that has room for it.
 
         Where it is not finished `deadline_s` seconds from now it ends in DeadlineError. `previews` is how many pictures
-        of its progress `Ticket.updates` shows. Raises OverloadedError where the engine is full, EngineError where it is
-        closed.
+        of its progress `Ticket.updates` shows; a `listener` is told instead, by the engine's own threads, which it
+        must not keep. Raises OverloadedError where the engine is full, EngineError where it is closed.
         """
         now = time.monotonic()
         deadline = None if deadline_s is None else now + deadline_s
         due = now + self.config.patience_s if deadline is None else deadline
-        ticket = Ticket(request, number=next(self._numbers), due=due, deadline=deadline, previews=previews)
+        ticket = Ticket(
+            request, number=next(self._numbers), due=due, deadline=deadline, previews=previews, listener=listener
+        )
         with self._wake:
             if self._closing:
                 raise EngineError("the engine is closed; start another")

@@ -30,7 +30,16 @@ class Progress:
 class Ticket:
     """A picture being made; `future` is the same for callers that wait in other ways."""
 
-    def __init__(self, request: Request, *, number: int, due: float, deadline: float | None, previews: int) -> None:
+    def __init__(
+        self,
+        request: Request,
+        *,
+        number: int,
+        due: float,
+        deadline: float | None,
+        previews: int,
+        listener: Callable[[Progress], None] | None = None,
+    ) -> None:
         self.request = request
         self.deadline = deadline
         self.order = (due, number)
@@ -43,6 +52,8 @@ class Ticket:
         steps = request.table.num_steps
         self.preview_steps = {round(steps * n / (previews + 1)) for n in range(1, previews + 1)} - {0, steps}
         self._updates: SimpleQueue[Progress | None] = SimpleQueue()
+        self.report = listener or self._updates.put
+        """Called by the engine after a step, and when a preview is there."""
         self.future.add_done_callback(lambda _: self._updates.put(None))
 
     @property
@@ -74,13 +85,9 @@ class Ticket:
         return self.future.cancel()
 
     def updates(self) -> Iterator[Progress]:
-        """Its progress as it happens, each step once, until it ends; for one reader."""
+        """Its progress as it happens, each step once, until it ends; for one reader, where nobody else listens."""
         while (update := self._updates.get()) is not None:
             yield update
-
-    def report(self, progress: Progress) -> None:
-        """Called by the engine after a step, and when a preview is there."""
-        self._updates.put(progress)
 
     def deliver(self, picture: Image.Image) -> bool:
         """Ends it with its picture; False where it has ended otherwise."""

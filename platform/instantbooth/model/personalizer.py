@@ -50,6 +50,17 @@ class Request:
     width: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """Reference images, ready for the image encoder."""
+
+    pixels: Tensor
+    """[N, 3, H, W]."""
+    class_noun: str
+    image_digests: tuple[str, ...]
+    """SHA-256 of each image's pixels."""
+
+
 class Trained(nn.Module):
     """All that training changes: the two fully connected layers and the adapters."""
 
@@ -167,7 +178,6 @@ class Personalizer:
         """Names everything trained, for provenance."""
         return tensors_digest(self.trained.state_dict())
 
-    @torch.inference_mode()
     def encode(
         self,
         images: Sequence[Image.Image],
@@ -182,19 +192,46 @@ class Personalizer:
         else the alpha channel, else what the segmentation model finds; without any, or with `masked=False`, the
         picture is used as it is, as in the paper's own inference. Raises ImageError and ParameterError.
         """
+        return self.encode_subjects([self.prepare(images, class_noun, masks, masked=masked)])[0]
+
+    @torch.inference_mode()
+    def prepare(
+        self,
+        images: Sequence[Image.Image],
+        class_noun: str = "person",
+        masks: Sequence[Image.Image] | None = None,
+        *,
+        masked: bool = True,
+    ) -> Subject:
+        """The part of `encode` that looks at pictures one by one: all that can be wrong with them is found here."""
         class_of(class_noun)
         references = _check_references(images, masks)
         prepared = [self._prepare(image, mask, class_noun, masked) for image, mask in references]
-        pixels = torch.stack([self.image_encoder.preprocess(image) for image in prepared]).to(self.base.device)
-        global_features, tokens = self.image_encoder(pixels)
-        concept_embeddings, patch_features = self.trained.encoders(global_features, tokens)
-        return Concept.of(
-            concept_embeddings,
-            patch_features,
+        return Subject(
+            pixels=torch.stack([self.image_encoder.preprocess(image) for image in prepared]),
             class_noun=class_noun,
-            encoder_digest=self.encoder_digest,
-            image_digests=[sha256(image.tobytes()).hexdigest() for image, _ in references],
+            image_digests=tuple(sha256(image.tobytes()).hexdigest() for image, _ in references),
         )
+
+    @torch.inference_mode()
+    def encode_subjects(self, subjects: Sequence[Subject]) -> list[Concept]:
+        """The concepts of several prepared subjects, in one forward pass."""
+        counts = [len(subject.pixels) for subject in subjects]
+        pixels = torch.cat([subject.pixels for subject in subjects]).to(self.base.device)
+        embeddings, features = self.trained.encoders(*self.image_encoder(pixels))
+        digest = self.encoder_digest
+        return [
+            Concept.of(
+                concept_embeddings,
+                patch_features,
+                class_noun=subject.class_noun,
+                encoder_digest=digest,
+                image_digests=subject.image_digests,
+            )
+            for subject, concept_embeddings, patch_features in zip(
+                subjects, embeddings.split(counts), features.split(counts), strict=True
+            )
+        ]
 
     def _prepare(self, image: Image.Image, mask: Image.Image | None, class_noun: str, masked: bool) -> Image.Image:
         if mask is None and image.mode == "RGBA":

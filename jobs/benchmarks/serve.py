@@ -1,0 +1,86 @@
+"""What HTTP and Ray Serve add to a request: the same picture from an engine in this process, and from the endpoint."""
+
+from __future__ import annotations
+
+import io
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import requests
+import torch
+from PIL import Image
+
+from instantbooth import Personalizer
+from instantbooth.engine import Engine, EngineConfig
+from jobs import cli
+from jobs.benchmarks.timing import machine, measure
+from jobs.cluster import ray_cluster
+
+PROMPT = "a photo of a {subject} at the beach"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeBenchmark:
+    """One caller, one picture after the other, with the miniature on one thread."""
+
+    num_inference_steps: int = 25
+    guidance_scale: float = 7.5
+    repeats: int = 15
+    """Requests to each, in turn, after one to warm up."""
+    port: int = 8123
+    """Of the endpoint, on 127.0.0.1."""
+
+
+def serve(options: cli.Flat[ServeBenchmark]) -> None:
+    """Prints the medians, what the endpoint adds, and the ratio, as JSON."""
+    torch.set_num_threads(1)
+    settings = {"num_inference_steps": options.num_inference_steps, "guidance_scale": options.guidance_scale}
+    subject = Image.new("RGBA", (64, 64), (200, 120, 80, 255))
+    booth = Personalizer.from_pretrained("miniature", device="cpu")
+    concept = booth.encode([subject])
+    with endpoint(options.port) as url, Engine(booth, EngineConfig(row_budget=2)) as engine:
+        session = requests.Session()
+        photo = io.BytesIO()
+        subject.save(photo, "PNG")
+        made = session.post(f"{url}/v1/concepts", files={"image": photo.getvalue()}, timeout=60)
+        body = {"prompt": PROMPT, "concept": made.json()["id"], "seed": 7, **settings}
+        names = ("negative_prompt", "adapter_scale", "concept_scale", "sampler")
+        request = booth.requests(PROMPT, concept, seed=7, **settings, **dict.fromkeys(names))[0]
+
+        def in_process() -> None:
+            engine.submit(request).result()
+
+        def through_http() -> None:
+            session.post(f"{url}/v1/images/generations", json=body, timeout=60).raise_for_status()
+
+        variants = {"engine": in_process, "endpoint": through_http}
+        medians = measure(variants, options.repeats, torch.device("cpu"))
+    added = medians["endpoint"] - medians["engine"]
+    result = {
+        "machine": machine("cpu"),
+        "request": settings,
+        "endpoint_over_engine": round(medians["endpoint"] / medians["engine"], 3),
+        "added_milliseconds": round(1000 * added, 1),
+        "median_milliseconds": {name: round(1000 * value, 1) for name, value in medians.items()},
+    }
+    print(json.dumps(result, indent=2))
+
+
+@contextmanager
+def endpoint(port: int) -> Iterator[str]:
+    """The endpoint on a Ray of its own; its address."""
+    from ray import serve as ray_serve
+
+    from serve.app import build
+    from serve.config import ServeConfig
+
+    with tempfile.TemporaryDirectory() as folder, ray_cluster():
+        ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
+        ray_serve.run(build(ServeConfig(store=folder, row_budget=2)))
+        try:
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            ray_serve.shutdown()

@@ -1,0 +1,66 @@
+"""Concepts of tenants, kept in the object store."""
+
+from __future__ import annotations
+
+import time
+
+from instantbooth.storage import ObjectStore, patiently
+from serve.errors import not_found
+from serve.messages import Encoded
+from serve.records import Expiring, Records, new_id
+from serve.schemas import ConceptObject
+
+
+class ConceptRecord(ConceptObject, Expiring):
+    """What is kept beside the tensors."""
+
+
+class ConceptStore:
+    """Concepts of tenants in the object store: a record each, and a safetensors file beside it.
+
+    The record is the truth: written last and deleted first, so that a concept is there wholly or not at all.
+    """
+
+    def __init__(self, store: ObjectStore) -> None:
+        self.store = store
+        self.records = Records(store, "concept", ConceptRecord)
+
+    def add(
+        self, tenant: str, encoded: Encoded, *, class_noun: str, name: str | None, consent: str | None, ttl_s: int
+    ) -> ConceptRecord:
+        """Keeps a concept for `ttl_s` seconds."""
+        now = int(time.time())
+        record = ConceptRecord(
+            id=new_id("concept"),
+            class_noun=class_noun,
+            name=name,
+            consent=consent,
+            num_images=encoded.num_images,
+            digest=encoded.digest,
+            created_at=now,
+            expires_at=now + ttl_s,
+        )
+        tensors = self.records.key(tenant, record.id, "safetensors")
+        patiently(lambda: self.store.put(tensors, encoded.data))
+        self.records.put(tenant, record)
+        return record
+
+    def load(self, tenant: str, concept_id: str) -> tuple[bytes, int]:
+        """A concept's file, and when it expires in Unix seconds. ApiError 404 where there is none."""
+        record = self.records.get(tenant, concept_id)
+        tensors = self.records.key(tenant, concept_id, "safetensors")
+        return patiently(lambda: self.store.get(tensors)), record.expires_at
+
+    def delete(self, tenant: str, concept_id: str) -> None:
+        """Removes a concept. ApiError 404 where there is none."""
+        if not self.records.exists(tenant, concept_id):
+            raise not_found("concept", concept_id)
+        self.records.delete(tenant, concept_id)
+        tensors = self.records.key(tenant, concept_id, "safetensors")
+        patiently(lambda: self.store.delete(tensors))
+
+    def delete_expired(self) -> None:
+        """Removes every concept whose time is over."""
+        for tenant, record in self.records.all():
+            if record.expired:
+                self.delete(tenant, record.id)

@@ -1,0 +1,78 @@
+"""What an operator chooses: the arguments of serve.app:build."""
+
+from __future__ import annotations
+
+import re
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+TENANT = r"[a-z0-9][a-z0-9-]{0,39}"
+HASH = r"[0-9a-f]{64}"
+
+
+class ServeConfig(BaseModel):
+    """Model, store, keys and limits of one endpoint."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    base: str = "miniature"
+    """Preset, or folder of a Stable Diffusion model within reach of every replica."""
+    image_encoder: str | None = None
+    """CLIP folder; the preset's, or the base folder's image_encoder/, if none is given."""
+    weights: str | None = None
+    """Weights folder, or a registered one such as models:/instantbooth@champion; the preset's if none is given."""
+    tracking_uri: str = "sqlite:///mlflow.db"
+    """MLflow, for models:/ URIs."""
+    store: str = "out/serve"
+    """Where concepts, jobs and pictures are kept: a folder, file:// or s3://, the same for every replica."""
+    keys: dict[str, list[str]] = {}
+    """Tenant → SHA-256 of its API keys (`python -m serve.keys`). Without any, only this machine is served."""
+    url_secret: str | None = Field(default=None, min_length=32)
+    """Signs the urls of pictures; drawn at each start if none is given, so that older urls end then."""
+
+    concept_ttl_s: int = Field(default=7 * 86400, ge=1)
+    """How long a concept is kept where the client says nothing."""
+    max_concept_ttl_s: int = Field(default=30 * 86400, ge=1)
+    """How long one may be kept."""
+    job_ttl_s: int = Field(default=86400, ge=1)
+    """How long a job, its pictures and its idempotency key are kept."""
+    url_ttl_s: int = Field(default=3600, ge=1)
+    """How long the url of a picture works, and the picture is kept."""
+    deadline_s: float = Field(default=120.0, gt=0)
+    """Seconds that a generation may take where the client says nothing."""
+
+    row_budget: int | None = None
+    """U-Net rows in a step; None measures the knee at start."""
+    max_row_budget: int = 32
+    """Largest number tried when measuring."""
+    max_requests: int = Field(default=256, ge=1)
+    """Pictures that a diffusion replica holds, waiting ones included; beyond them the answer is 429."""
+    max_pending_images: int = Field(default=32, ge=1)
+    """Pictures that an ingress replica waits for; beyond them the answer is 429."""
+    max_pending_uploads: int = Field(default=16, ge=1)
+    """Concepts that an ingress replica waits for."""
+    jobs_at_once: int = Field(default=4, ge=1)
+    """Jobs denoised at a time."""
+    max_jobs: int = Field(default=200, ge=1)
+    """Unfinished jobs of a tenant."""
+
+    max_body_bytes: int = 64_000_000
+    """Size of a request."""
+    max_image_bytes: int = 20_000_000
+    """Size of one uploaded picture."""
+    max_image_pixels: int = 50_000_000
+    """Width times height of one."""
+    image_hosts: list[str] = []
+    """Hosts from which image_url may fetch; none unless named."""
+    sweep_s: float = Field(default=5.0, gt=0)
+    """How often replicas look whether concepts they hold were deleted, and the expired is deleted."""
+
+    @field_validator("keys")
+    @classmethod
+    def _keys(cls, value: dict[str, list[str]]) -> dict[str, list[str]]:
+        for tenant, hashes in value.items():
+            if not re.fullmatch(TENANT, tenant):
+                raise ValueError(f"a tenant is named by small letters, digits and hyphens, not {tenant!r}")
+            if not hashes or not all(re.fullmatch(HASH, each) for each in hashes):
+                raise ValueError(f"{tenant} needs SHA-256 hashes of 64 digits; make them with python -m serve.keys")
+        return value

@@ -1,0 +1,353 @@
+"""Generations that run by themselves. A job that was accepted is finished, whatever is restarted meanwhile.
+
+One replica runs all of them and is the only writer of their records. What it accepts is in the object store before it
+says so; after a restart it goes on with whatever has no end yet. Seeds are drawn when a job is accepted, so that what
+is made again is the same.
+
+An idempotency key is a claim on a job: the first call with a key makes the job, every further one finds it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator
+from hashlib import sha256
+from typing import Literal
+
+from pydantic import BaseModel, Field
+from ray.serve.handle import DeploymentHandle
+
+from instantbooth.errors import StorageError
+from instantbooth.storage import open_store
+from serve.concepts import ConceptStore
+from serve.config import ServeConfig
+from serve.errors import ApiError, of_exception
+from serve.messages import Begun, Event, Picture, Step, Work
+from serve.metrics import Snapshot, StageMetrics
+from serve.pictures import PictureStore
+from serve.records import Expiring, Records
+from serve.schemas import ErrorObject, GenerationBody
+from serve.stages import Stages
+
+logger = logging.getLogger("ray.serve")
+
+RETRIED = (429, 503)
+"""Answers of a stage that may be another the next time."""
+RETRY_S = 1.0
+CLEAN_UP_S = 60.0
+FINISHED = ("succeeded", "failed", "cancelled")
+
+
+class JobPicture(BaseModel):
+    """A finished picture of a job."""
+
+    image_index: int
+    seed: int
+    name: str
+    """In the PictureStore."""
+    queue_s: float
+    generate_s: float
+
+
+class JobRecord(Expiring):
+    """A job, as it is kept."""
+
+    status: Literal["queued", "running", "succeeded", "failed", "cancelled"] = "queued"
+    created_at: int
+    body: GenerationBody
+    seed: int
+    begun: Begun | None = None
+    pictures: list[JobPicture] = Field(default_factory=list)
+    error: ErrorObject | None = None
+    error_status: int = 0
+    seconds: float = 0.0
+    """From acceptance to the end."""
+    step: int = 0
+    steps: int | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has ended, one way or another."""
+        return self.status in FINISHED
+
+
+class Claim(Expiring):
+    """An idempotency key, used."""
+
+    job_id: str
+    body_digest: str
+
+
+class _Running:
+    """A job in memory: its events so far, for those who follow it."""
+
+    def __init__(self, tenant: str, record: JobRecord) -> None:
+        self.tenant = tenant
+        self.record = record
+        self.events: list[Event] = []
+        self.task: asyncio.Task[None] | None = None
+        self._changed = asyncio.Event()
+
+    def tell(self, event: Event | None = None) -> None:
+        """Wakes the followers, with an event or because the record changed."""
+        if event is not None:
+            self.events.append(event)
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def follow(self) -> AsyncIterator[Event]:
+        """Every event from the first on, until the job has ended."""
+        seen = 0
+        while True:
+            changed = self._changed
+            while seen < len(self.events):
+                seen += 1
+                yield self.events[seen - 1]
+            if self.record.finished:
+                return
+            await changed.wait()
+
+
+class JobRunner:
+    """Accepts, runs and remembers jobs; there is one of it."""
+
+    def __init__(self, config: ServeConfig, encoder: DeploymentHandle, diffusion: DeploymentHandle) -> None:
+        store = open_store(config.store)
+        self.config = config
+        self.stages = Stages(encoder, diffusion)
+        self.records = Records(store, "job", JobRecord)
+        self.claims = Records(store, "claim", Claim)
+        self.pictures = PictureStore(store, "")
+        self.concepts = ConceptStore(store)
+        self.metrics = StageMetrics("job")
+        self._running: dict[str, _Running] = {}
+        self._places = asyncio.Semaphore(config.jobs_at_once)
+        self._recovered: asyncio.Task[None] | None = None
+        self._accepting = asyncio.Lock()
+
+    async def submit(self, tenant: str, body: GenerationBody, job_id: str, key: str | None = None) -> JobRecord:
+        """Accepts a job under a new id, or finds the one that has the id, or the one that the key stands for.
+
+        ApiError 409 where that one had another body, 429 where the tenant has too many unfinished ones.
+        """
+        await self._recover()
+        async with self._accepting:
+            if key is None:
+                return await self._find_or_accept(tenant, body, job_id)
+            claim = self._claim(tenant, body, job_id, key)
+            if await asyncio.to_thread(self.claims.add, tenant, claim):
+                return await self._accept_or_release(tenant, body, claim)
+            held = await asyncio.to_thread(self.claims.get, tenant, claim.id)
+            if held.body_digest != claim.body_digest:
+                raise ApiError(
+                    409,
+                    "idempotency_mismatch",
+                    "this Idempotency-Key was used with another body; use a new key for a new request",
+                )
+            # There is no job where a replica was killed between the two.
+            return await self._find_or_accept(tenant, body, held.job_id)
+
+    async def get(self, tenant: str, job_id: str) -> JobRecord:
+        """A job as it is now. ApiError 404 where there is none."""
+        if (running := self._mine(tenant, job_id)) is not None:
+            return running.record
+        return await asyncio.to_thread(self.records.get, tenant, job_id)
+
+    async def page(self, tenant: str, limit: int, after: str | None) -> tuple[list[JobRecord], bool]:
+        """The newest jobs older than `after`, and whether there are more."""
+        found, more = await asyncio.to_thread(self.records.page, tenant, limit, after)
+        return [self._running[each.id].record if each.id in self._running else each for each in found], more
+
+    async def wait(self, tenant: str, job_id: str) -> JobRecord:
+        """A job once it has ended."""
+        await self._recover()
+        if (running := self._mine(tenant, job_id)) is not None:
+            async for _ in running.follow():
+                pass
+            return running.record
+        return await self.get(tenant, job_id)
+
+    async def events(self, tenant: str, job_id: str) -> AsyncIterator[Event]:
+        """What DiffusionEngine.generate yields, from the job's beginning; of a job that has ended its pictures."""
+        await self._recover()
+        running = self._mine(tenant, job_id)
+        if running is not None:
+            async for event in running.follow():
+                yield event
+        record = await self.get(tenant, job_id)
+        if running is None and record.begun is not None:
+            yield record.begun
+            for picture in record.pictures:
+                data = await asyncio.to_thread(self.pictures.get, tenant, picture.name)
+                yield Picture(data=data, **picture.model_dump(exclude={"name"}))
+        if record.error is not None:
+            raise ApiError(record.error_status, record.error.code, record.error.message, record.error.param)
+        if record.status == "cancelled":
+            raise cancelled(job_id)
+
+    async def cancel(self, tenant: str, job_id: str) -> JobRecord:
+        """Ends a job; its rows leave the next step. ApiError 409 where it has ended already."""
+        await self._recover()
+        running = self._mine(tenant, job_id)
+        record = await self.get(tenant, job_id)
+        if running is None or running.task is None or record.finished:
+            raise ApiError(409, "job_finished", f"job {job_id} has {record.status}; only an unfinished one can end")
+        record.status = "cancelled"
+        running.task.cancel()
+        await self._end(running)
+        return record
+
+    async def snapshot(self) -> Snapshot:
+        """This replica's metrics."""
+        return self.metrics.snapshot()
+
+    async def _recover(self) -> None:
+        """Once, before anything else: goes on with what a former replica left."""
+        if self._recovered is None:
+            self._recovered = asyncio.ensure_future(self._read_unfinished())
+        await asyncio.shield(self._recovered)
+
+    async def check_health(self) -> None:
+        """Serve's own call soon after the start; recovery shall not wait for a client."""
+        await self._recover()
+
+    async def _read_unfinished(self) -> None:
+        for tenant, record in await asyncio.to_thread(lambda: list(self.records.all())):
+            if not record.finished and not record.expired:
+                self._start(tenant, record.model_copy(update={"status": "queued", "step": 0}))
+        self._cleaner = asyncio.ensure_future(self._clean_up())
+
+    async def _find_or_accept(self, tenant: str, body: GenerationBody, job_id: str) -> JobRecord:
+        try:
+            return await self.get(tenant, job_id)
+        except ApiError:
+            return await self._accept(tenant, body, job_id)
+
+    def _claim(self, tenant: str, body: GenerationBody, job_id: str, key: str) -> Claim:
+        return Claim(
+            id=f"claim_{sha256(f'{tenant}/{key}'.encode()).hexdigest()[:24]}",
+            expires_at=int(time.time()) + self.config.job_ttl_s,
+            job_id=job_id,
+            body_digest=sha256(body.model_dump_json().encode()).hexdigest(),
+        )
+
+    async def _accept_or_release(self, tenant: str, body: GenerationBody, claim: Claim) -> JobRecord:
+        try:
+            return await self._accept(tenant, body, claim.job_id)
+        except BaseException:
+            await asyncio.to_thread(self.claims.delete, tenant, claim.id)
+            raise
+
+    async def _accept(self, tenant: str, body: GenerationBody, job_id: str) -> JobRecord:
+        unfinished = sum(running.tenant == tenant for running in self._running.values())
+        if unfinished >= self.config.max_jobs:
+            raise ApiError(429, "too_many_jobs", f"{unfinished} jobs are unfinished, the limit; wait for some to end")
+        now = int(time.time())
+        record = JobRecord(
+            id=job_id,
+            created_at=now,
+            expires_at=now + self.config.job_ttl_s,
+            body=body,
+            seed=secrets.randbelow(2**31) if body.seed is None else body.seed,
+        )
+        await asyncio.to_thread(self.records.put, tenant, record)
+        self._start(tenant, record)
+        return record
+
+    def _start(self, tenant: str, record: JobRecord) -> None:
+        running = _Running(tenant, record)
+        self._running[record.id] = running
+        running.task = asyncio.ensure_future(self._run(running))
+
+    def _mine(self, tenant: str, job_id: str) -> _Running | None:
+        running = self._running.get(job_id)
+        return running if running is not None and running.tenant == tenant else None
+
+    async def _run(self, running: _Running) -> None:
+        record = running.record
+        try:
+            async with self._places:
+                record.status = "running"
+                running.tell()
+                with self.metrics.timed():
+                    await self._generate(running)
+            record.status = "succeeded"
+        except Exception as error:
+            answer = of_exception(error)
+            if answer.status == 500:
+                logger.exception("job %s failed", record.id)
+            record.status, record.error, record.error_status = "failed", answer.body.error, answer.status
+        await self._end(running)
+
+    async def _generate(self, running: _Running) -> None:
+        record = running.record
+        while True:
+            try:
+                async for event in self.stages.generate(
+                    Work.of(
+                        running.tenant, record.body, seed=record.seed, deadline_s=record.body.deadline_s, progress=True
+                    )
+                ):
+                    await self._take(running, event)
+                return
+            except Exception as error:
+                if of_exception(error).status not in RETRIED:
+                    raise
+                await asyncio.sleep(RETRY_S)
+
+    async def _take(self, running: _Running, event: Event) -> None:
+        record = running.record
+        if isinstance(event, Begun):
+            if record.begun is not None:
+                return
+            record.begun, record.steps = event, event.parameters.num_inference_steps * record.body.n
+        elif isinstance(event, Step):
+            record.step += event.preview is None
+        elif any(event.image_index == each.image_index for each in record.pictures):
+            return
+        else:
+            name = f"{record.id}-{event.image_index}.{record.body.output_format}"
+            await asyncio.to_thread(self.pictures.put, running.tenant, name, event.data)
+            known = {"image_index": event.image_index, "seed": event.seed, "name": name}
+            record.pictures.append(JobPicture(**known, queue_s=event.queue_s, generate_s=event.generate_s))
+        running.tell(event)
+
+    async def _end(self, running: _Running) -> None:
+        record = running.record
+        record.seconds = time.time() - record.created_at
+        record.pictures.sort(key=lambda each: each.image_index)
+        await self._keep(running)
+        self._running.pop(record.id, None)
+        running.tell()
+
+    async def _keep(self, running: _Running) -> None:
+        """Writes a job's end, however long the store takes to come back: until then the job is not over."""
+        while True:
+            try:
+                return await asyncio.to_thread(self.records.put, running.tenant, running.record)
+            except StorageError as error:
+                logger.warning("job %s cannot be written now: %s", running.record.id, error)
+                await asyncio.sleep(RETRY_S)
+
+    async def _clean_up(self) -> None:
+        """Deletes what has expired, again and again."""
+        while True:
+            try:
+                await asyncio.to_thread(self._delete_expired)
+            except Exception as error:
+                logger.warning("the expired cannot be deleted now: %s", error)
+            await asyncio.sleep(CLEAN_UP_S)
+
+    def _delete_expired(self) -> None:
+        self.concepts.delete_expired()
+        for records in (self.records, self.claims):
+            records.delete_expired()
+        self.pictures.delete_older({"file": self.config.url_ttl_s, "job": self.config.job_ttl_s})
+
+
+def cancelled(job_id: str) -> ApiError:
+    """What those learn who wait for a cancelled job."""
+    return ApiError(409, "cancelled", f"job {job_id} was cancelled; submit it again")

@@ -1,0 +1,47 @@
+"""Where a call goes, and how many replicas there are: Ray Serve asks these two."""
+
+from __future__ import annotations
+
+import math
+from hashlib import sha256
+from typing import Any
+
+from ray.serve.config import AutoscalingContext
+from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, RunningReplica
+
+
+class QueuedWorkPolicy:
+    """As many replicas as it takes for each to have `rows_per_replica` U-Net rows still to compute.
+
+    A picture of 50 guided steps weighs ten times one of 10 steps without guidance, which counting requests would not
+    see.
+    """
+
+    def __init__(self, rows_per_replica: float = 1000.0) -> None:
+        self.rows_per_replica = rows_per_replica
+
+    def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
+        """The number of replicas wanted now; Serve keeps it within bounds and waits for its delays."""
+        work = sum((context.aggregated_metrics or {}).get("queued_work", {}).values())
+        return max(1, math.ceil(work / self.rows_per_replica)), {}
+
+
+class ConceptRouter(FIFOMixin, RequestRouter):
+    """Calls with one concept go to one replica, which then holds it; where that one is full, to the next in line.
+
+    Each concept has its own order of the replicas, by hash: when a replica comes or goes, only its concepts move.
+    """
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        """Ranks of replicas, the preferred one first."""
+        work = pending_request.args[0] if pending_request is not None and pending_request.args else None
+        affinity = getattr(work, "affinity", "")
+        if not affinity:
+            return [candidate_replicas]
+        return [[replica] for replica in sorted(candidate_replicas, key=lambda each: _weight(affinity, each))]
+
+
+def _weight(affinity: str, replica: RunningReplica) -> bytes:
+    return sha256(f"{affinity}|{replica.replica_id.unique_id}".encode()).digest()

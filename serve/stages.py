@@ -1,0 +1,89 @@
+"""Calling the stages: with deadlines, and again where a replica is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any
+
+from ray.exceptions import RayActorError, WorkerCrashedError
+from ray.serve.handle import DeploymentHandle
+
+from serve.messages import Begun, Encoded, Event, Picture, Upload, Work
+
+LOST = (RayActorError, WorkerCrashedError)
+"""How a call ends whose replica died; every stage gives the same answer when asked again."""
+PAUSE_S = 0.25
+GRACE_S = 2.0
+"""How much longer than the deadline a caller waits for a replica to say that it passed."""
+
+
+class Stages:
+    """Both stages, as ingress and jobs call them."""
+
+    def __init__(self, encoder: DeploymentHandle, diffusion: DeploymentHandle) -> None:
+        self.encoder = encoder
+        self.diffusion = diffusion
+        self._generate = diffusion.options(stream=True).generate
+
+    async def encode(self, upload: Upload, deadline_s: float) -> Encoded:
+        """The concept of an upload. Raises ImageError, ParameterError and TimeoutError."""
+        async with asyncio.timeout(deadline_s):
+            while True:
+                try:
+                    return await self.encoder.encode.remote(upload)
+                except LOST:
+                    await asyncio.sleep(PAUSE_S)
+
+    async def generate(self, work: Work) -> AsyncIterator[Event]:
+        """What DiffusionEngine.generate yields, each picture once, though replicas come and go."""
+        deadline = None if work.deadline_s is None else time.monotonic() + work.deadline_s
+        begun, pictures = False, set()
+        while True:
+            left = None if deadline is None else deadline - time.monotonic()
+            try:
+                async with aclosing(self._attempt(work, left)) as events:
+                    async for event in events:
+                        if isinstance(event, Begun):
+                            if begun:
+                                continue
+                            begun = True
+                        elif event.image_index in pictures:
+                            continue
+                        elif isinstance(event, Picture):
+                            pictures.add(event.image_index)
+                        yield event
+                return
+            except LOST:
+                await asyncio.sleep(PAUSE_S)
+
+    async def _attempt(self, work: Work, left: float | None) -> AsyncIterator[Event]:
+        """One replica's events; it is told to stop where the caller does."""
+        if left is not None and left <= 0:
+            raise TimeoutError
+        ends = None if left is None else time.monotonic() + left + GRACE_S
+        response = self._generate.remote(replace(work, deadline_s=left))
+        finished = False
+        try:
+            while True:
+                timeout = None if ends is None else max(0.0, ends - time.monotonic())
+                try:
+                    event = await asyncio.wait_for(anext(response), timeout)
+                except StopAsyncIteration:
+                    finished = True
+                    return
+                yield event
+        finally:
+            if not finished:
+                response.cancel()
+
+    async def describe(self, timeout_s: float) -> dict[str, Any]:
+        """The model. Raises TimeoutError where no replica is ready."""
+        return await asyncio.wait_for(self._describe(), timeout_s)
+
+    async def _describe(self) -> dict[str, Any]:
+        described: dict[str, Any] = await self.diffusion.describe.remote()
+        return described

@@ -1,0 +1,163 @@
+"""The endpoint's parts by themselves: keys, limits, scaling, routing, urls, records."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from instantbooth.errors import DeadlineError, ImageError, OverloadedError, PromptError, StorageError
+from instantbooth.storage import FileStore
+from serve.config import ServeConfig
+from serve.errors import ApiError, of_exception
+from serve.fetch import fetch
+from serve.keys import Keyring, check_local, new_key
+from serve.limits import Gate
+from serve.messages import Work
+from serve.pictures import PictureStore
+from serve.records import Expiring, Records, new_id
+from serve.scaling import ConceptRouter, QueuedWorkPolicy
+
+
+def test_a_key_names_its_tenant_and_no_other_text_does() -> None:
+    (ada, ada_hash), (old, old_hash), (bob, bob_hash) = new_key(), new_key(), new_key()
+    keys = Keyring({"ada": [ada_hash, old_hash], "bob": [bob_hash]})
+    assert [keys.tenant(f"Bearer {key}") for key in (ada, old, bob)] == ["ada", "ada", "bob"]
+    for wrong in (None, "", "Bearer", f"Basic {ada}", f"Bearer {ada}x", f"Bearer {ada_hash}", ada):
+        with pytest.raises(ApiError) as refused:
+            keys.tenant(wrong)
+        assert refused.value.status == 401
+
+
+def test_without_keys_only_this_machine_is_served() -> None:
+    check_local("127.0.0.1", "localhost:8000", None)
+    check_local("::1", "[::1]:8000", "http://localhost:8000")
+    for client, host, origin in (
+        ("10.0.0.7", "localhost:8000", None),
+        ("127.0.0.1", "rebound.example:8000", None),
+        ("127.0.0.1", "localhost:8000", "https://elsewhere.example"),
+        ("127.0.0.1", "localhost:8000", "null"),
+        (None, "localhost", None),
+    ):
+        with pytest.raises(ApiError, match="no API keys"):
+            check_local(client, host, origin)
+
+
+def test_a_configuration_with_a_slip_is_refused() -> None:
+    for slip in ({"keys": {"Ada": []}}, {"keys": {"ada": ["secret"]}}, {"stroe": "x"}, {"url_secret": "short"}):
+        with pytest.raises(ValidationError):
+            ServeConfig(**slip)  # type: ignore[arg-type]
+
+
+def test_a_full_gate_says_when_to_come_back() -> None:
+    gate = Gate(4, "pictures")
+    with gate.enter(10), pytest.raises(ApiError) as refused, gate.enter():
+        pass
+    assert (refused.value.status, refused.value.headers) == (429, {"Retry-After": "1"})
+    assert gate.taken == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (ImageError("image 1 is damaged"), 422),
+        (PromptError("prompt 'x' names no subject"), 422),
+        (OverloadedError("full"), 429),
+        (DeadlineError("late"), 504),
+        (TimeoutError(), 504),
+        (StorageError("cannot read s3://secret/place"), 503),
+        (KeyError("/root/secret"), 500),
+    ],
+)
+def test_an_error_shows_a_client_its_status_and_nothing_of_the_inside(error: Exception, status: int) -> None:
+    known = of_exception(error)
+    assert known.status == status
+    assert "secret" not in known.message
+    assert pickle.loads(pickle.dumps(known)).body == known.body
+
+
+def test_replicas_follow_the_work_and_not_the_number_of_requests() -> None:
+    policy = QueuedWorkPolicy(rows_per_replica=100)
+
+    def wanted(*work: float) -> int:
+        metrics = {"queued_work": dict(enumerate(work))} if work else None
+        return policy(SimpleNamespace(aggregated_metrics=metrics))[0]  # type: ignore[arg-type]
+
+    assert [wanted(), wanted(0, 0), wanted(60, 40), wanted(60, 41), wanted(1000)] == [1, 1, 1, 2, 10]
+
+
+def test_a_concept_keeps_its_replica_while_others_come_and_go() -> None:
+    replicas = [SimpleNamespace(replica_id=SimpleNamespace(unique_id=f"r{n}")) for n in range(5)]
+
+    def preferred(concept: str | None, among: list[Any]) -> Any:
+        work = Work(
+            prompt="", tenant="ada", concept_id=concept, seed=0, n=1, width=None, height=None, parameters={},
+            output_format="png", quality=95,
+        )  # fmt: skip
+        ranks = ConceptRouter.choose_replicas(None, among, SimpleNamespace(args=[work]))  # type: ignore[arg-type]
+        return asyncio.run(ranks)
+
+    concepts = [f"concept_{n}" for n in range(40)]
+    before = {concept: preferred(concept, replicas)[0][0] for concept in concepts}
+    assert len({id(replica) for replica in before.values()}) == 5
+    gone = replicas[2]
+    after = {concept: preferred(concept, [each for each in replicas if each is not gone])[0][0] for concept in concepts}
+    assert all(after[concept] is before[concept] for concept in concepts if before[concept] is not gone)
+    assert preferred(None, replicas) == [replicas]
+
+
+def test_a_signed_path_ends_and_cannot_be_made_up(tmp_path: Path) -> None:
+    pictures = PictureStore(FileStore(tmp_path), "secret")
+    name = f"{new_id('file')}-0.png"
+    pictures.put("ada", name, b"picture")
+    expires = int(time.time()) + 60
+    signature = pictures.path("ada", name, expires).partition("signature=")[2]
+    pictures.check("ada", name, expires, signature)
+    assert pictures.get("ada", name) == b"picture"
+    for tenant, other, until in (("bob", name, expires), ("ada", "file-1.png", expires), ("ada", name, expires + 1)):
+        with pytest.raises(ApiError, match="signature"):
+            pictures.check(tenant, other, until, signature)
+    past = int(time.time()) - 1
+    with pytest.raises(ApiError, match="expired"):
+        pictures.check("ada", name, past, pictures.path("ada", name, past).partition("signature=")[2])
+    pictures.delete_older({"file": 3600, "job": 0})
+    assert pictures.get("ada", name)
+    pictures.delete_older({"file": 0, "job": 3600})
+    with pytest.raises(ApiError, match="no picture"):
+        pictures.get("ada", name)
+
+
+def test_records_are_pages_of_their_tenant_and_claimed_once(tmp_path: Path) -> None:
+    records = Records(FileStore(tmp_path), "thing", Expiring)
+    later = int(time.time()) + 60
+    things = [Expiring(id=f"thing_{n:024x}", expires_at=later) for n in range(5)]
+    assert [records.add("ada", thing) for thing in (*things, things[0])] == [True] * 5 + [False]
+    records.put("ada", Expiring(id=f"thing_{9:024x}", expires_at=1))
+    assert records.page("ada", 2, None) == ([things[4], things[3]], True)
+    assert records.page("ada", 3, things[3].id) == ([things[2], things[1], things[0]], False)
+    assert records.page("bob", 3, None) == ([], False)
+    for wrong in (f"thing_{9:024x}", "../ada/thing", "", things[0].id.upper()):
+        with pytest.raises(ApiError, match="no thing"):
+            records.get("ada", wrong)
+    assert records.add("ada", Expiring(id=f"thing_{9:024x}", expires_at=later))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://photos.example/a",
+        "https://elsewhere.example/a",
+        "https://me@photos.example/a",
+        "file:///etc/passwd",
+        "https://[::1/",
+    ],
+)
+def test_only_named_hosts_are_asked_for_pictures(url: str) -> None:
+    with pytest.raises(ApiError, match="image_url"):
+        fetch(url, ["photos.example"], 100)
