@@ -33,7 +33,7 @@ test-stack: .venv/installed
 test-serve: .venv/installed
 	$(BIN)/pytest -q -s --durations=10 -m serving tests/serve
 
-# http://127.0.0.1:8000 until Ctrl-C: the page and the API, with the miniature.
+# http://127.0.0.1:8000 until Ctrl-C, with the miniature.
 serve: .venv/installed
 	@PYTHONPATH=$(CURDIR)/platform:$(CURDIR) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} exec $(BIN)/serve run serve.app:build
 
