@@ -15,7 +15,8 @@ from typing import IO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from instantbooth.tracking import TrackedRun, tracked_run
+from instantbooth.errors import TrackingError
+from instantbooth.tracking import Delivery, open_run
 from jobs.cluster import ray_cluster
 from pipelines.outcome import PAGE, Outcome, PersonalizeReport
 from pipelines.personalize import PersonalizeConfig, Tally, personalize
@@ -123,21 +124,33 @@ def _bar() -> Iterator[Tell]:
 
 @contextmanager
 def _tracked(config: BulkConfig) -> Iterator[Tell | None]:
-    """Curves of the counters by rows done, in a run that is named after the output."""
+    """Curves of the counters by rows done, in the run of the output; a tracking server that is down delays nothing."""
     if not config.track:
         yield None
         return
-    with tracked_run(config.model.tracking_uri, f"personalize {config.output}") as run:
-        yield _curves(run)
+    delivery = Delivery(config.model.tracking_uri, config.output)
+    status = "FAILED"
+    try:
+        yield _curves(delivery)
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        try:
+            missed = delivery.close()
+            open_run(config.model.tracking_uri, config.output).end(status)
+        except TrackingError as error:
+            Console(stderr=True, soft_wrap=True).print(f"{missed} points of the curves are lost: {error}")
 
 
-def _curves(run: TrackedRun) -> Tell:
+def _curves(delivery: Delivery) -> Tell:
     due = time.monotonic()
 
     def tell(tally: Tally, outcome: Outcome | None) -> None:
         nonlocal due
         if time.monotonic() >= due or tally.done == tally.rows:
             due = time.monotonic() + EVERY_S
-            run.log_metrics({name: float(str(value)) for name, value in _counters(tally).items()}, step=tally.done)
+            delivery.log({name: float(str(value)) for name, value in _counters(tally).items()}, tally.done)
 
     return tell

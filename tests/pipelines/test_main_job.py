@@ -15,7 +15,7 @@ from instantbooth.images import read_metadata
 from instantbooth.manifest import ManifestRow
 from instantbooth.miniature.samples import write_manifest, write_pairs
 from instantbooth.storage import FileStore, read_uri
-from instantbooth.tracking import TrackedRun
+from instantbooth.tracking import OUTPUT, TrackedRun
 from instantbooth.training.adapters import AdapterTrainingConfig
 from jobs.bulk import BulkConfig, run
 from jobs.train import TrainConfig, TrainReport, train
@@ -191,7 +191,7 @@ def test_the_job_as_it_is_typed_writes_webp_events_and_counters(project: Project
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert [event["event"] for event in events] == ["started", "progress", "finished"]
     client = MlflowClient(project.model.tracking_uri)
-    (logged,) = client.search_runs(["1"], f"run_name = 'personalize {project.folder}/typed'")
+    (logged,) = client.search_runs(["1"], f"tags.`{OUTPUT}` = '{project.folder}/typed'")
     assert logged.info.status == "FINISHED"
     assert (logged.data.metrics["rows_done"], logged.data.metrics["images"]) == (1, len(rows[0].prompts))
 
