@@ -24,7 +24,7 @@ from starlette.responses import Response
 from instantbooth.parameters import RANGES
 from instantbooth.prompts import CLASS_NOUNS
 from instantbooth.storage import open_store
-from serve.asgi import BodyLimit, Envelope, Errors, Keys, Page, answer
+from serve.asgi import BodyLimit, Envelope, Errors, Keys, answer
 from serve.bodies import ConceptForm, EditForm, Files, form_of, idempotency_key, json_of, read_form, read_json
 from serve.calls import Call
 from serve.concepts import ConceptRecord, ConceptStore
@@ -58,7 +58,6 @@ from serve.stages import LOST, PAUSE_S, Stages
 
 logger = logging.getLogger("ray.serve")
 
-WEB = Path(__file__).parent / "web"
 MAX_REFERENCES = 16
 READY_S = 2.0
 """How long /readyz and /metrics wait for replicas."""
@@ -414,8 +413,6 @@ def build_app(api: Api) -> FastAPI:
             openapi_extra=extra,
             responses={"default": {"model": ErrorBody}},
         )
-    if WEB.is_dir():
-        app.mount("/", Page(directory=WEB, html=True))
     app.add_middleware(Keys, keys=api.keys)
     app.add_middleware(BodyLimit, max_bytes=api.config.max_body_bytes)
     errors = Errors(api.metrics.rejections)

@@ -1,4 +1,4 @@
-"""What surrounds every route: one shape for errors, a limit on bodies, keys, and the page's headers."""
+"""What surrounds every route: one shape for errors, a limit on bodies, and keys."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.errors import ApiError, of_exception
@@ -20,8 +19,6 @@ from serve.keys import LOCAL, Keyring, check_local
 from serve.pictures import PREFIX
 
 logger = logging.getLogger("ray.serve")
-
-POLICY = "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 
 
 def answer(body: BaseModel, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -129,14 +126,3 @@ class Keys:
                 tenant = LOCAL if self.keys.open else self.keys.tenant(headers.get("authorization"))
                 scope.setdefault("state", {})["tenant"] = tenant
         await self.app(scope, receive, send)
-
-
-class Page(StaticFiles):
-    """The web page, which may load nothing from elsewhere."""
-
-    async def get_response(self, path: str, scope: Scope) -> Response:
-        response = await super().get_response(path, scope)
-        response.headers["Content-Security-Policy"] = POLICY
-        response.headers["X-Content-Type-Options"] = "nosniff"
-        response.headers["Referrer-Policy"] = "no-referrer"
-        return response

@@ -1,6 +1,5 @@
 """What strangers send and what they get: OpenAI's Images conventions, with this project's own fields beside them.
 
-    GET    /                                      the web page
     GET    /v1/models, /v1/models/{id}            Model: limits and defaults
     POST   /v1/concepts                           multipart form → ConceptObject, 201
              image      a file, 1 to max_references times ("image[]" is the same field)
