@@ -175,11 +175,14 @@ def _asked_to_stop(monitor: ray.actor.ActorHandle) -> Iterator[None]:
 
     teller = threading.Thread(target=tell, daemon=True)
     teller.start()
-    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    # Ray Train sets a handler for SIGINT and leaves it behind: Ctrl-C would be lost on whatever comes after.
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGTERM, lambda *_: asked.set())
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         over.set()
         asked.set()
         teller.join()

@@ -1,6 +1,7 @@
 """The main job from end to end on a tiny model with random weights: pairs → shards → training → pictures."""
 
 import json
+import signal
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
@@ -69,6 +70,11 @@ def train_config(project: Project, steps: int) -> TrainConfig:
 @pytest.fixture(scope="module")
 def trained(project: Project) -> TrainReport:
     return train(train_config(project, steps=5))
+
+
+def test_after_a_training_ctrl_c_does_what_it_did(trained: TrainReport) -> None:
+    assert trained.steps == 5
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_training_changes_the_weights_and_is_tracked_and_registered(project: Project, trained: TrainReport) -> None:
