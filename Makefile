@@ -35,7 +35,7 @@ test-serve: .venv/installed
 
 # http://127.0.0.1:8000 until Ctrl-C, with the miniature.
 serve: .venv/installed
-	@PYTHONPATH=$(CURDIR)/platform:$(CURDIR) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} exec $(BIN)/serve run serve.app:build
+	@PYTHONPATH=$(CURDIR)/platform:$(CURDIR) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} RAY_ADDRESS=$${RAY_ADDRESS:-local} exec $(BIN)/serve run serve.app:build
 
 lint: .venv/installed
 	$(BIN)/ruff check
