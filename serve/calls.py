@@ -139,7 +139,7 @@ class Call:
 
 
 def _sse(event: BaseModel) -> str:
-    return f"event: {event.type}\ndata: {event.model_dump_json(exclude_none=True)}\n\n"  # type: ignore[attr-defined]
+    return f"event: {event.type}\ndata: {event.model_dump_json(exclude_none=True)}\n\n"
 
 
 def _sse_error(error: ApiError) -> str:

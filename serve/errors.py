@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 from pydantic import ValidationError
 
@@ -18,17 +17,7 @@ from instantbooth.errors import (
     OverloadedError,
     StorageError,
 )
-from serve.schemas import ErrorBody, ErrorObject
-
-ErrorType = Literal[
-    "invalid_request_error",
-    "authentication_error",
-    "not_found_error",
-    "conflict_error",
-    "rate_limit_error",
-    "timeout_error",
-    "server_error",
-]
+from serve.schemas import ErrorBody, ErrorObject, ErrorType
 
 TYPES: dict[int, ErrorType] = {
     401: "authentication_error",

@@ -249,19 +249,22 @@ class ConceptList(BaseModel):
     last_id: str | None = Field(description="Pass it as `after` for the next page.")
 
 
+ErrorType = Literal[
+    "invalid_request_error",
+    "authentication_error",
+    "not_found_error",
+    "conflict_error",
+    "rate_limit_error",
+    "timeout_error",
+    "server_error",
+]
+
+
 class ErrorObject(BaseModel):
     """What went wrong."""
 
     message: str = Field(description="The value, the rule and the fix.")
-    type: Literal[
-        "invalid_request_error",
-        "authentication_error",
-        "not_found_error",
-        "conflict_error",
-        "rate_limit_error",
-        "timeout_error",
-        "server_error",
-    ]
+    type: ErrorType
     param: str | None = Field(description="The field at fault.")
     code: str
 

@@ -38,7 +38,7 @@ def events_of(answer: requests.Response) -> list[dict[str, Any]]:
     """The data of a stream's events, each checked against its name."""
     found = []
     for block in answer.text.strip().split("\n\n"):
-        name, data = re.fullmatch(r"event: (.+)\ndata: (.+)", block).groups()  # type: ignore[union-attr]
+        name, data = re.fullmatch(r"event: (.+)\ndata: (.+)", block).groups()
         found.append(json.loads(data))
         assert name == found[-1].get("type", "error")
     return found

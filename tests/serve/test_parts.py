@@ -52,7 +52,7 @@ def test_without_keys_only_this_machine_is_served() -> None:
 def test_a_configuration_with_a_slip_is_refused() -> None:
     for slip in ({"keys": {"Ada": []}}, {"keys": {"ada": ["secret"]}}, {"stroe": "x"}, {"url_secret": "short"}):
         with pytest.raises(ValidationError):
-            ServeConfig(**slip)  # type: ignore[arg-type]
+            ServeConfig(**slip)
 
 
 def test_a_full_gate_says_when_to_come_back() -> None:
@@ -87,7 +87,7 @@ def test_replicas_follow_the_work_and_not_the_number_of_requests() -> None:
 
     def wanted(*work: float) -> int:
         metrics = {"queued_work": dict(enumerate(work))} if work else None
-        return policy(SimpleNamespace(aggregated_metrics=metrics))[0]  # type: ignore[arg-type]
+        return policy(SimpleNamespace(aggregated_metrics=metrics))[0]
 
     assert [wanted(), wanted(0, 0), wanted(60, 40), wanted(60, 41), wanted(1000)] == [1, 1, 1, 2, 10]
 
@@ -100,7 +100,7 @@ def test_a_concept_keeps_its_replica_while_others_come_and_go() -> None:
             prompt="", tenant="ada", concept_id=concept, seed=0, n=1, width=None, height=None, parameters={},
             output_format="png", quality=95,
         )  # fmt: skip
-        ranks = ConceptRouter.choose_replicas(None, among, SimpleNamespace(args=[work]))  # type: ignore[arg-type]
+        ranks = ConceptRouter.choose_replicas(None, among, SimpleNamespace(args=[work]))
         return asyncio.run(ranks)
 
     concepts = [f"concept_{n}" for n in range(40)]
