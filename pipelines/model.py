@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from instantbooth import Personalizer
+from instantbooth.model.subjects import SubjectEncoder
 from instantbooth.model.weights import read_tensors, tensors_digest
 from instantbooth.presets import preset
 from instantbooth.tracking import resolve_weights
@@ -42,6 +43,13 @@ class ModelConfig:
         """The model on a device. Raises WeightsError or BaseModelError where a part is missing or does not fit."""
         with self._folder() as weights:
             return Personalizer.from_pretrained(
+                self.base, image_encoder=self.image_encoder, segmenter=self.segmenter, weights=weights, device=device
+            )
+
+    def load_encoder(self, *, device: str) -> SubjectEncoder:
+        """The part that encodes subjects, without the base model. Raises WeightsError."""
+        with self._folder() as weights:
+            return SubjectEncoder.from_pretrained(
                 self.base, image_encoder=self.image_encoder, segmenter=self.segmenter, weights=weights, device=device
             )
 

@@ -16,7 +16,7 @@ import numpy as np
 import ray
 from PIL import Image
 
-from instantbooth import Concept, Personalizer
+from instantbooth import Concept
 from instantbooth.engine import Engine, EngineConfig, Ticket
 from instantbooth.errors import EngineError, MissingObjectError, StorageError, WeightsError
 from instantbooth.images import decode_image, encode_image
@@ -103,7 +103,8 @@ class ConceptEncoder:
     """An actor with the encoders: rows get their concept, and lose their references."""
 
     def __init__(self, stages: StageConfig, device: str) -> None:
-        self.booth = _load(stages, device)
+        self.encoder = stages.model.load_encoder(device=device)
+        _check_weights(stages.model.identity().weights, stages)
         self.model = stages.identity
         self.ledger = stages.ledger()
 
@@ -115,7 +116,7 @@ class ConceptEncoder:
         bare = replace(work, references=(), masks=None)
         try:
             masks = None if work.masks is None else list(work.masks)
-            concept = self.booth.encode(list(work.references), class_noun=work.row.class_noun, masks=masks)
+            concept = self.encoder.encode(list(work.references), class_noun=work.row.class_noun, masks=masks)
             seconds = {**work.seconds, "encode": time.perf_counter() - started}
             # Where two actors encode one subject, the first concept stored is the one both use.
             key = concept_key(work.row, self.model)
@@ -129,7 +130,8 @@ class ImageGenerator:
     """An actor with the whole model and an engine: pictures of different subjects share every forward pass."""
 
     def __init__(self, stages: StageConfig, device: str) -> None:
-        self.booth = _load(stages, device)
+        self.booth = stages.model.load(device=device)
+        _check_weights(self.booth.weights_digest, stages)
         self.model = stages.identity
         self.ledger = stages.ledger()
         self.engine = Engine(self.booth, stages.engine())
@@ -235,14 +237,13 @@ def _image(uri: str) -> Image.Image:
     return image
 
 
-def _load(stages: StageConfig, device: str) -> Personalizer:
-    booth = stages.model.load(device=device)
-    if booth.weights_digest != stages.identity.weights:
+def _check_weights(found: str, stages: StageConfig) -> None:
+    """Raises WeightsError where the weights' name has come to mean others than when the job started."""
+    if found != stages.identity.weights:
         raise WeightsError(
-            f"{stages.model.weights} changed from {stages.identity.weights[:12]} to {booth.weights_digest[:12]} while "
-            "the job started; name a version, not an alias, and run the job again"
+            f"{stages.model.weights} changed from {stages.identity.weights[:12]} to {found[:12]} while the job "
+            "started; name a version, not an alias, and run the job again"
         )
-    return booth
 
 
 def _column(works: Iterable[Work]) -> dict[str, Any]:

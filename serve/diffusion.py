@@ -141,7 +141,9 @@ class DiffusionEngine:
         settings = dict.fromkeys(
             ("guidance_scale", "negative_prompt", "adapter_scale", "concept_scale", "sampler"), None
         )
-        request = self.booth.requests("{subject}", warm_up(self.booth), seed=0, num_inference_steps=2, **settings)[0]
+        request = self.booth.requests(
+            "{subject}", warm_up(self.booth.subject_encoder), seed=0, num_inference_steps=2, **settings
+        )[0]
         self.engine.submit(request).result()
 
     def _sweep(self, every_s: float) -> None:

@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image
 
 from instantbooth import Concept, Personalizer
+from instantbooth.model.subjects import SubjectEncoder
 from instantbooth.tracking import resolve_weights
 from serve.config import ServeConfig
 
 
 def load(config: ServeConfig) -> Personalizer:
     """The configured model, on a GPU where Ray gave one. WeightsError or BaseModelError where a part is missing."""
-    with tempfile.TemporaryDirectory() as folder:
-        weights = None
-        if config.weights is not None:
-            weights = resolve_weights(config.weights, config.tracking_uri, Path(folder))
+    with _weights(config) as weights:
         return Personalizer.from_pretrained(config.base, image_encoder=config.image_encoder, weights=weights)
 
 
-def warm_up(booth: Personalizer) -> Concept:
+def load_encoder(config: ServeConfig) -> SubjectEncoder:
+    """The part of it that encodes subjects, without the base model. Raises WeightsError."""
+    with _weights(config) as weights:
+        return SubjectEncoder.from_pretrained(config.base, image_encoder=config.image_encoder, weights=weights)
+
+
+def warm_up(encoder: SubjectEncoder) -> Concept:
     """A concept of nobody, made so that the encoders have run once."""
-    return booth.encode([Image.new("RGB", (64, 64), "grey")], masks=[Image.new("L", (64, 64), 255)])
+    return encoder.encode([Image.new("RGB", (64, 64), "grey")], masks=[Image.new("L", (64, 64), 255)])
+
+
+@contextmanager
+def _weights(config: ServeConfig) -> Iterator[Path | None]:
+    with tempfile.TemporaryDirectory() as folder:
+        yield resolve_weights(config.weights, config.tracking_uri, Path(folder)) if config.weights else None

@@ -48,6 +48,29 @@ def preset(name: str) -> ModelPreset:
     return presets[name]
 
 
+def model_parts(
+    model: str | Path, weights: str | Path | None, image_encoder: str | Path | None, segmenter: str | Path | None
+) -> ModelPreset:
+    """A preset or a Stable Diffusion folder with its image_encoder/, and in its place what is named besides.
+
+    Raises WeightsError.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        own = folder / "image_encoder"
+        if image_encoder is None and not own.is_dir():
+            raise WeightsError(f"{folder} has no image_encoder/; pass image_encoder=, the CLIP folder of these weights")
+        chosen = ModelPreset(base=str(folder), image_encoder=str(own))
+    else:
+        chosen = preset(str(model))
+    return replace(
+        chosen,
+        weights=chosen.weights if weights is None else weights_folder(str(weights)),
+        image_encoder=chosen.image_encoder if image_encoder is None else str(image_encoder),
+        segmenter=chosen.segmenter if segmenter is None else str(segmenter),
+    )
+
+
 def registered_preset(uri: str) -> ModelPreset:
     """What models:/instantbooth@champion or models:/instantbooth/3 stands for: weights, and the base noted with them.
 

@@ -10,6 +10,7 @@ from instantbooth.errors import ConceptError
 from instantbooth.model.adapter import References, adapter_kwargs, attach, detach
 from instantbooth.model.conditioning import batch_references, concept_keys_values
 from instantbooth.model.personalizer import Request
+from instantbooth.model.subjects import SubjectEncoder
 from tests.tiny import portrait, tiny_booth
 
 PROMPT = "a photo of a {subject} at the beach"
@@ -104,7 +105,8 @@ def test_the_embedding_is_the_mean_and_the_features_are_the_concatenation(booth:
 def test_subjects_encoded_together_become_what_each_becomes_alone(booth: Personalizer) -> None:
     pairs = [[portrait(10 * count + n) for n in range(count)] for count in (2, 1, 3)]
     subjects = [([image for image, _ in each], [mask for _, mask in each]) for each in pairs]
-    together = booth.encode_subjects([booth.prepare(images, "cat", masks) for images, masks in subjects])
+    encoder = booth.subject_encoder
+    together = encoder.encode_subjects([encoder.prepare(images, "cat", masks) for images, masks in subjects])
     for concept, (images, masks) in zip(together, subjects, strict=True):
         alone = booth.encode(images, "cat", masks)
         assert (concept.class_noun, concept.image_digests) == (alone.class_noun, alone.image_digests)
@@ -184,6 +186,17 @@ def test_saved_weights_and_concepts_give_bit_identical_pictures(
     ]
     assert [p.tobytes() for p in pictures[0]] == [p.tobytes() for p in pictures[1]]
     assert pictures[0][0].tobytes() != pictures[0][1].tobytes()
+
+
+def test_the_encoder_alone_makes_the_same_concepts_without_the_base(
+    tiny: Path, booth: Personalizer, tmp_path: Path
+) -> None:
+    booth.save_weights(tmp_path / "weights")
+    alone = SubjectEncoder.from_pretrained(
+        "miniature", weights=tmp_path / "weights", image_encoder=tiny / "clip", device="cpu"
+    )
+    image, mask = portrait(0)
+    assert alone.encode([image], "cat", [mask]).digest == booth.encode([image], "cat", [mask]).digest
 
 
 def test_concepts_of_other_encoders_are_refused(tiny: Path, concepts: list[Concept]) -> None:

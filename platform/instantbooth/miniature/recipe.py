@@ -61,8 +61,10 @@ class Recipe:
         processes=2,
     )
     adapters: AdapterTrainingConfig = AdapterTrainingConfig(steps=3500)
-    refinement: AdapterTrainingConfig = AdapterTrainingConfig(steps=4500, seed=1)
-    """A second round from the averaged weights of the first: a fresh optimizer, the learning rate up and down again."""
+    refinement: AdapterTrainingConfig = AdapterTrainingConfig(steps=4500)
+    """A round from the averaged weights of the last: a fresh optimizer, the learning rate up and down again."""
+    refinement_rounds: int = 2
+    """How many; round n draws its random numbers from seed n."""
     defaults: GenerationDefaults = GenerationDefaults(
         adapter_scale=1.0, concept_scale=1.0, guidance_scale=3.0, num_inference_steps=25
     )
@@ -236,7 +238,12 @@ def _build_adapters(shop: Workshop) -> dict[str, float]:
 
 
 def _refine_adapters(shop: Workshop) -> dict[str, float]:
-    return _train_adapters(shop, _trained_booth(shop), "refinement", shop.recipe.refinement)
+    booth = _trained_booth(shop)
+    figures = {}
+    for number in range(1, shop.recipe.refinement_rounds + 1):
+        config = replace(shop.recipe.refinement, seed=number)
+        figures = _train_adapters(shop, booth, f"refinement-{number}", config)
+    return figures
 
 
 def _train_adapters(shop: Workshop, booth: Personalizer, name: str, config: AdapterTrainingConfig) -> dict[str, float]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +12,19 @@ from PIL import Image
 from torch import Tensor, nn
 
 from instantbooth.config import GenerationDefaults, WeightsConfig
-from instantbooth.errors import ConceptError, ImageError, ParameterError, PromptError, WeightsError
-from instantbooth.images import check_image, check_mask, crop_subject, mask_background
+from instantbooth.errors import ConceptError, ParameterError, PromptError
 from instantbooth.model.adapter import KeysValues, attach
-from instantbooth.model.base import BaseModel, locate
+from instantbooth.model.base import BaseModel
 from instantbooth.model.conditioning import Concept, concept_keys_values, inject
 from instantbooth.model.denoise import Row, denoise, unit_noise
-from instantbooth.model.encoders import Encoders, ImageEncoder
+from instantbooth.model.encoders import Encoders
 from instantbooth.model.samplers import SamplerTable, sampler_table
-from instantbooth.model.segmentation import Segmenter
-from instantbooth.model.weights import CONFIG_FILE, load_weights, save_weights, tensors_digest
+from instantbooth.model.subjects import SubjectEncoder
+from instantbooth.model.weights import load_weights, save_weights, tensors_digest, trained_parts
 from instantbooth.parameters import check_range
-from instantbooth.presets import ModelPreset, preset, weights_folder
-from instantbooth.prompts import class_of, expand, tokenize, tokenize_subject
+from instantbooth.presets import ModelPreset, model_parts
+from instantbooth.prompts import expand, tokenize, tokenize_subject
 
-MAX_REFERENCES = 16
 MAX_BATCH = 32
 """Requests denoised together; more are taken in turn."""
 
@@ -50,17 +47,6 @@ class Request:
     width: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Subject:
-    """Reference images, ready for the image encoder."""
-
-    pixels: Tensor
-    """[N, 3, H, W]."""
-    class_noun: str
-    image_digests: tuple[str, ...]
-    """SHA-256 of each image's pixels."""
-
-
 class Trained(nn.Module):
     """All that training changes: the two fully connected layers and the adapters."""
 
@@ -76,17 +62,12 @@ class Personalizer:
     Instances hold no state between calls. `from_pretrained` loads trained weights, `untrained` starts anew.
     """
 
-    def __init__(
-        self, base: BaseModel, image_encoder: ImageEncoder, segmenter: Segmenter | None, defaults: GenerationDefaults
-    ) -> None:
+    def __init__(self, base: BaseModel, subject_encoder: SubjectEncoder, defaults: GenerationDefaults) -> None:
         self.base = base
-        self.image_encoder = image_encoder
-        self.segmenter = segmenter
+        self.subject_encoder = subject_encoder
+        self.image_encoder = subject_encoder.image_encoder
         self.defaults = defaults
-        encoders = Encoders(
-            global_width=image_encoder.global_width, patch_width=image_encoder.patch_width, text_width=base.text_width
-        ).to(base.device, base.unet.dtype)
-        self.trained = Trained(encoders, attach(base.unet, base.text_width))
+        self.trained = Trained(subject_encoder.encoders, attach(base.unet, base.text_width))
         self.trained.requires_grad_(False)
         self.placeholder_token = WeightsConfig.placeholder_token
 
@@ -109,14 +90,10 @@ class Personalizer:
         segmentation model.
         Raises BaseModelError and WeightsError.
         """
-        chosen = _choose(model, weights, image_encoder, segmenter)
-        if chosen.weights is None:
-            raise WeightsError(f"{model} comes without trained weights; pass weights=, a folder from training")
-        folder = Path(chosen.weights)
-        config = WeightsConfig.load(folder / CONFIG_FILE)
-        booth = cls._assemble(replace(chosen, patch_layer=config.patch_layer), config.defaults, device, dtype)
+        parts, config = trained_parts(model, weights, image_encoder, segmenter)
+        booth = cls._assemble(parts, config.defaults, device, dtype)
         booth.placeholder_token = config.placeholder_token
-        load_weights(folder, booth.trained)
+        load_weights(Path(str(parts.weights)), booth.trained)
         return booth
 
     @classmethod
@@ -132,10 +109,10 @@ class Personalizer:
         dtype: torch.dtype = torch.float32,
     ) -> Personalizer:
         """The same with closed gates and random layers: where training starts."""
-        chosen = _choose(model, None, image_encoder, segmenter)
+        parts = model_parts(model, None, image_encoder, segmenter)
         if patch_layer is not None:
-            chosen = replace(chosen, patch_layer=patch_layer)
-        return cls._assemble(chosen, defaults or GenerationDefaults(), device, dtype)
+            parts = replace(parts, patch_layer=patch_layer)
+        return cls._assemble(parts, defaults or GenerationDefaults(), device, dtype)
 
     @classmethod
     def _assemble(
@@ -143,11 +120,8 @@ class Personalizer:
     ) -> Personalizer:
         target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         base = BaseModel.load(parts.base, device=target, dtype=dtype)
-        image_encoder = ImageEncoder(
-            locate(parts.image_encoder), patch_layer=parts.patch_layer, device=target, dtype=dtype
-        )
-        segmenter = None if parts.segmenter is None else Segmenter(locate(parts.segmenter), device=target)
-        return cls(base, image_encoder, segmenter, defaults)
+        subject_encoder = SubjectEncoder.assemble(parts, text_width=base.text_width, device=target, dtype=dtype)
+        return cls(base, subject_encoder, defaults)
 
     @property
     def config(self) -> WeightsConfig:
@@ -169,9 +143,7 @@ class Personalizer:
     @property
     def encoder_digest(self) -> str:
         """Names the encoders: concepts made by others are refused."""
-        return sha256(
-            f"{self.image_encoder.digest}{tensors_digest(self.trained.encoders.state_dict())}".encode()
-        ).hexdigest()
+        return self.subject_encoder.digest
 
     @property
     def weights_digest(self) -> str:
@@ -186,61 +158,8 @@ class Personalizer:
         *,
         masked: bool = True,
     ) -> Concept:
-        """Makes a concept of N ≥ 1 pictures of one subject.
-
-        Each picture is cropped to the subject and its background blacked, as in training. The mask is the given one,
-        else the alpha channel, else what the segmentation model finds; without any, or with `masked=False`, the
-        picture is used as it is, as in the paper's own inference. Raises ImageError and ParameterError.
-        """
-        return self.encode_subjects([self.prepare(images, class_noun, masks, masked=masked)])[0]
-
-    @torch.inference_mode()
-    def prepare(
-        self,
-        images: Sequence[Image.Image],
-        class_noun: str = "person",
-        masks: Sequence[Image.Image] | None = None,
-        *,
-        masked: bool = True,
-    ) -> Subject:
-        """The part of `encode` that looks at pictures one by one: all that can be wrong with them is found here."""
-        class_of(class_noun)
-        references = _check_references(images, masks)
-        prepared = [self._prepare(image, mask, class_noun, masked) for image, mask in references]
-        return Subject(
-            pixels=torch.stack([self.image_encoder.preprocess(image) for image in prepared]),
-            class_noun=class_noun,
-            image_digests=tuple(sha256(image.tobytes()).hexdigest() for image, _ in references),
-        )
-
-    @torch.inference_mode()
-    def encode_subjects(self, subjects: Sequence[Subject]) -> list[Concept]:
-        """The concepts of several prepared subjects, in one forward pass."""
-        counts = [len(subject.pixels) for subject in subjects]
-        pixels = torch.cat([subject.pixels for subject in subjects]).to(self.base.device)
-        embeddings, features = self.trained.encoders(*self.image_encoder(pixels))
-        digest = self.encoder_digest
-        return [
-            Concept.of(
-                concept_embeddings,
-                patch_features,
-                class_noun=subject.class_noun,
-                encoder_digest=digest,
-                image_digests=subject.image_digests,
-            )
-            for subject, concept_embeddings, patch_features in zip(
-                subjects, embeddings.split(counts), features.split(counts), strict=True
-            )
-        ]
-
-    def _prepare(self, image: Image.Image, mask: Image.Image | None, class_noun: str, masked: bool) -> Image.Image:
-        if mask is None and image.mode == "RGBA":
-            mask = image.getchannel("A")
-        if mask is None and masked and self.segmenter is not None:
-            mask = self.segmenter.masks([image.convert("RGB")], class_noun)[0]
-        if mask is None or not masked:
-            return _pad_to_square(image.convert("RGB"))
-        return mask_background(*crop_subject(image, mask))
+        """Makes a concept of N ≥ 1 pictures of one subject: see SubjectEncoder.encode, whose errors it raises."""
+        return self.subject_encoder.encode(images, class_noun, masks, masked=masked)
 
     def generate(
         self,
@@ -392,43 +311,6 @@ class Personalizer:
         ]
 
 
-def _choose(
-    model: str | Path, weights: str | Path | None, image_encoder: str | Path | None, segmenter: str | Path | None
-) -> ModelPreset:
-    folder = Path(model)
-    if folder.is_dir():
-        own = folder / "image_encoder"
-        if image_encoder is None and not own.is_dir():
-            raise WeightsError(f"{folder} has no image_encoder/; pass image_encoder=, the CLIP folder of these weights")
-        chosen = ModelPreset(base=str(folder), image_encoder=str(own))
-    else:
-        chosen = preset(str(model))
-    return replace(
-        chosen,
-        weights=chosen.weights if weights is None else weights_folder(str(weights)),
-        image_encoder=chosen.image_encoder if image_encoder is None else str(image_encoder),
-        segmenter=chosen.segmenter if segmenter is None else str(segmenter),
-    )
-
-
-def _check_references(
-    images: Sequence[Image.Image], masks: Sequence[Image.Image] | None
-) -> list[tuple[Image.Image, Image.Image | None]]:
-    if isinstance(images, Image.Image) or not isinstance(images, Sequence):
-        raise ImageError(f"images is {type(images).__name__}; pass a list of PIL images")
-    if not 1 <= len(images) <= MAX_REFERENCES:
-        raise ImageError(f"{len(images)} reference images given; pass 1 to {MAX_REFERENCES}")
-    if masks is not None and len(masks) != len(images):
-        raise ImageError(f"{len(masks)} masks given for {len(images)} images; pass one for each image, or none")
-    checked = [check_image(image, name=f"image {n}") for n, image in enumerate(images, start=1)]
-    if masks is None:
-        return [(image, None) for image in checked]
-    return [
-        (image, check_mask(mask, image, f"mask {n}"))
-        for n, (image, mask) in enumerate(zip(checked, masks, strict=True), start=1)
-    ]
-
-
 def _checked(concept: object, encoder_digest: str) -> Concept:
     if not isinstance(concept, Concept):
         raise ParameterError(f"concept is {type(concept).__name__}; pass what encode or Concept.load returned")
@@ -447,10 +329,3 @@ def _spread(name: str, value: object, prompts: Sequence[str]) -> list[object]:
     if len(value) != len(prompts):
         raise ParameterError(f"{name} has {len(value)} values for {len(prompts)} prompts; pass one, or one for each")
     return list(value)
-
-
-def _pad_to_square(image: Image.Image) -> Image.Image:
-    side = max(image.size)
-    square = Image.new("RGB", (side, side))
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from instantbooth.config import WeightsConfig
 from instantbooth.errors import WeightsError
+from instantbooth.presets import ModelPreset, model_parts
 
 CONFIG_FILE = "config.json"
 TENSORS_FILE = "weights.safetensors"
@@ -48,10 +50,25 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         raise WeightsError(f"{path} is damaged ({error}); copy or train the weights again") from error
 
 
-def load_weights(folder: Path, trained: nn.Module) -> None:
-    """Copies the folder's tensors into `trained`. WeightsError where they are missing, damaged or of another shape."""
-    path, tensors = folder / TENSORS_FILE, read_tensors(folder)
-    expected = {name: tuple(value.shape) for name, value in trained.state_dict().items()}
+def trained_parts(
+    model: str | Path, weights: str | Path | None, image_encoder: str | Path | None, segmenter: str | Path | None
+) -> tuple[ModelPreset, WeightsConfig]:
+    """What `model_parts` finds, as its weights want it, and their config.json. WeightsError where there are none."""
+    parts = model_parts(model, weights, image_encoder, segmenter)
+    if parts.weights is None:
+        raise WeightsError(f"{model} comes without trained weights; pass weights=, a folder from training")
+    config = WeightsConfig.load(Path(parts.weights) / CONFIG_FILE)
+    return replace(parts, patch_layer=config.patch_layer), config
+
+
+def load_weights(folder: Path, trained: nn.Module, *, prefix: str = "") -> None:
+    """Copies the folder's tensors into `trained`, a part of what was trained where their names begin with `prefix`.
+
+    WeightsError where they are missing, damaged or of another shape.
+    """
+    path = folder / TENSORS_FILE
+    tensors = {name: value for name, value in read_tensors(folder).items() if name.startswith(prefix)}
+    expected = {prefix + name: tuple(value.shape) for name, value in trained.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in tensors.items()}
     if expected != found:
         wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
@@ -60,7 +77,7 @@ def load_weights(folder: Path, trained: nn.Module) -> None:
             f"{path} does not fit the model in {len(wrong)} tensors, first {name}: found {found.get(name)}, the model "
             f"has {expected.get(name)}; use the base model and image encoder these weights were trained with"
         )
-    trained.load_state_dict(tensors)
+    trained.load_state_dict({name.removeprefix(prefix): value for name, value in tensors.items()})
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
