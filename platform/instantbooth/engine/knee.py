@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Mapping
 
 import torch
 
-from instantbooth import Personalizer
+from instantbooth import Concept, Personalizer
+from instantbooth.model.adapter import KeysValues
 from instantbooth.model.denoise import Row, RowBatch
+from instantbooth.model.personalizer import MAX_REFERENCES
 from instantbooth.model.samplers import sampler_table
 
 NEAR_BEST = 0.9
 """The knee is the smallest number of rows that reaches this share of the best rows per second."""
+TYPICAL_REFERENCES = 3
+"""Reference images of the subjects that are measured."""
 
 
 def measure_steps(
     booth: Personalizer, *, max_rows: int, repeats: int = 3, patience_s: float = 20.0
 ) -> dict[int, float]:
-    """Median seconds of a step of the model's own size, for 1, 2, 4 … `max_rows` rows.
+    """Seconds of a step of the model's own size, for 1, 2, 4 … `max_rows` U-Net rows, the fastest of `repeats`.
 
-    Stops doubling once the measurements took `patience_s` seconds, or where memory ends.
+    What else the machine does only adds to them. Two rows and more are guided requests. Stops doubling once the
+    measurements took `patience_s` seconds, or where memory does not suffice for as many subjects of the most reference
+    images.
     """
     seconds: dict[int, float] = {}
     started = time.perf_counter()
+    typical, largest = (_keys_values(booth, references) for references in (TYPICAL_REFERENCES, MAX_REFERENCES))
     rows = 1
     while rows <= max_rows and (not seconds or time.perf_counter() - started < patience_s):
         try:
-            seconds[rows] = _median_step(booth, rows, repeats)
+            _seconds_of_step(_batch(booth, rows, largest, steps=1))
+            batch = _batch(booth, rows, typical, steps=repeats + 1)
+            _seconds_of_step(batch)
+            seconds[rows] = min(_seconds_of_step(batch) for _ in range(repeats))
         except torch.OutOfMemoryError:
             break
         rows *= 2
@@ -42,30 +51,45 @@ def knee(seconds: Mapping[int, float]) -> int:
     return min(rows for rows, each in throughput.items() if each >= NEAR_BEST * best)
 
 
-def _median_step(booth: Personalizer, rows: int, repeats: int) -> float:
+def _seconds_of_step(batch: RowBatch) -> float:
+    started = time.perf_counter()
+    batch.step()
+    wait_for(batch.unet.device)
+    return time.perf_counter() - started
+
+
+def _batch(booth: Personalizer, rows: int, keys_values: Mapping[str, KeysValues], *, steps: int) -> RowBatch:
+    """One request without guidance, or as many with it as have so many U-Net rows."""
     base = booth.base
     side = int(base.unet.config.sample_size)
     text = torch.zeros(base.tokenizer.model_max_length, base.text_width, device=base.device, dtype=base.unet.dtype)
-    batch = RowBatch(
+    return RowBatch(
         base.unet,
         [
             Row(
-                table=sampler_table("ddim", repeats + 1, base.schedule),
+                table=sampler_table("ddim", steps, base.schedule),
                 prompt_embeds=text,
                 negative_embeds=text,
-                guidance_scale=1.0,
+                guidance_scale=1.0 if rows == 1 else 2.0,
                 latents=torch.zeros(base.unet.config.in_channels, side, side, device=base.device),
+                keys_values=keys_values,
             )
-            for _ in range(rows)
+            for _ in range(max(1, rows // 2))
         ],
     )
-    seconds = []
-    for _ in range(repeats + 1):
-        started = time.perf_counter()
-        batch.step()
-        wait_for(base.device)
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds[1:])
+
+
+def _keys_values(booth: Personalizer, references: int) -> Mapping[str, KeysValues]:
+    """Those of a subject that is not there; their size is what counts."""
+    width = booth.base.text_width
+    concept = Concept.of(
+        torch.zeros(references, width),
+        torch.zeros(references, booth.image_encoder.num_tokens, width),
+        class_noun="person",
+        encoder_digest="",
+        image_digests=[""] * references,
+    )
+    return booth.keys_values(concept)
 
 
 def wait_for(device: torch.device) -> None:
