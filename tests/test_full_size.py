@@ -10,72 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import nn
-from transformers import (
-    CLIPImageProcessor,
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPVisionConfig,
-    CLIPVisionModelWithProjection,
-)
 
 from instantbooth import Personalizer
 from instantbooth.training.adapters import AdapterObjective, AdapterTrainingConfig, ExamplePreparer, optimizer_for
-from tests.tiny import CAPTIONS, portrait
+from jobs.benchmarks.full_size import write_full_size
+from tests.tiny import portrait
 
 pytestmark = pytest.mark.full
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from instantbooth.miniature.vocabulary import learn_tokenizer
-
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
     folder = tmp_path_factory.mktemp("sd15")
-    tokenizer = learn_tokenizer(CAPTIONS, placeholder="sks")
-    tokenizer.model_max_length = 77
-    StableDiffusionPipeline(
-        vae=AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=2,
-            sample_size=512,
-        ),
-        text_encoder=CLIPTextModel(
-            CLIPTextConfig(
-                hidden_size=768,
-                intermediate_size=3072,
-                num_hidden_layers=12,
-                num_attention_heads=12,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        ),
-        tokenizer=tokenizer,
-        unet=UNet2DConditionModel(sample_size=64, cross_attention_dim=768),
-        scheduler=PNDMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
-        ),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(folder)
-    CLIPVisionModelWithProjection(
-        CLIPVisionConfig(
-            hidden_size=1024,
-            intermediate_size=4096,
-            projection_dim=768,
-            num_hidden_layers=24,
-            num_attention_heads=16,
-            patch_size=14,
-        )
-    ).save_pretrained(folder / "image_encoder")
-    CLIPImageProcessor().save_pretrained(folder / "image_encoder")
-    torch.set_default_dtype(torch.float32)
+    write_full_size(folder)
     return folder
 
 

@@ -126,15 +126,16 @@ class RowBatch:
         return conditional
 
 
-def denoise(unet: UNet2DConditionModel, rows: Sequence[Row]) -> Iterator[Tensor]:
+def denoise(unet: UNet2DConditionModel, rows: Sequence[Row], shape: BatchShape | None = None) -> Iterator[Tensor]:
     """Yields the latents [B, C, H, W] after every step; rows with fewer steps stand still once they are done.
 
-    A closed generator frees everything, so cancelling is leaving the loop.
+    The batch shrinks as rows are done, or keeps the `shape` that is given. A closed generator frees everything, so
+    cancelling is leaving the loop.
     """
     batch = None
     while running := [row for row in rows if not row.done]:
         if batch is None or len(batch.rows) != len(running):
-            batch = RowBatch(unet, running)
+            batch = RowBatch(unet, running, shape)
         batch.step()
         yield torch.stack([row.latents for row in rows])
 
