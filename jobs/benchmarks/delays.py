@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from threading import Event
+from typing import Any
 
 import numpy as np
 
@@ -42,7 +43,7 @@ class Delay:
     """Until the heeding step began."""
 
 
-def delays(booth: Personalizer, long_request: Request, *, row_budget: int, trials: int) -> dict[str, object]:
+def delays(booth: Personalizer, long_request: Request, *, row_budget: int, trials: int) -> dict[str, Any]:
     """Joins and cancels at random moments, with room for one guided request beside those that are running."""
     background = max(1, row_budget // 2 - 1)
     log: list[Moment] = []

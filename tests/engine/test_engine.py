@@ -19,6 +19,7 @@ from instantbooth.engine.concepts import KeysValuesCache, size_of
 from instantbooth.errors import DeadlineError, EngineError, OverloadedError, ParameterError
 from instantbooth.model.personalizer import Request
 from instantbooth.model.samplers import SAMPLERS
+from jobs.benchmarks.delays import delays
 from tests.tiny import portrait
 
 SMALL = EngineConfig(row_budget=6)
@@ -56,16 +57,25 @@ def wait_until(condition: object, seconds: float = 20) -> None:
         time.sleep(0.002)
 
 
+@pytest.mark.parametrize("side", [32, 16])
 def test_with_batches_of_one_shape_a_picture_is_the_same_to_the_last_bit(
-    booth: Personalizer, concepts: list[Concept]
+    booth: Personalizer, concepts: list[Concept], side: int
 ) -> None:
     exact = EngineConfig(row_budget=8, buckets=(4,), texts_apart=True, decode_batch=1)
-    requests = [request(booth, concepts[n % 3], seed=n, num_inference_steps=2 + n % 3) for n in range(30)]
+    shape = {"height": side, "width": side}
+    requests = [request(booth, concepts[n % 3], seed=n, num_inference_steps=2 + n % 3, **shape) for n in range(30)]
+    unguided = request(booth, concepts[0], guidance_scale=1.0, **shape)
 
     def pictures(order: list[int]) -> dict[int, bytes]:
         with Engine(booth, exact) as engine:
             tickets = {n: engine.submit(requests[n]) for n in order}
-            return {n: ticket.result().tobytes() for n, ticket in tickets.items()}
+            company = [engine.submit(unguided) for _ in range(len(order) // 6)]
+            made = {n: ticket.result().tobytes() for n, ticket in tickets.items()}
+            for ticket in company:
+                ticket.result()
+            stats = engine.stats()
+            assert stats.rows + stats.padded_rows <= 8 * stats.steps
+            return made
 
     together = pictures(list(range(30)))
     assert pictures(list(reversed(range(30)))) == together
@@ -197,6 +207,38 @@ def test_keys_and_values_pushed_out_of_the_cache_change_nothing(booth: Personali
 
 def _alone(booth: Personalizer, concept: Concept, seed: int) -> object:
     return booth.base.decode(booth.sample([request(booth, concept, seed=seed)]))[0]
+
+
+def test_a_request_without_guidance_costs_one_row_a_step_and_a_concept_is_looked_up_once(
+    booth: Personalizer, concepts: list[Concept], engine: Engine
+) -> None:
+    engine.submit(request(booth, concepts[0], guidance_scale=1.0, num_inference_steps=5)).result(20)
+    assert engine.stats().rows == 5
+    tickets = [engine.submit(request(booth, concepts[0], num_inference_steps=2 + n)) for n in range(3)]
+    for ticket in tickets:
+        ticket.result(20)
+    stats = engine.stats()
+    assert stats.rows == 5 + 2 * (2 + 3 + 4)
+    assert (stats.concept_hits, stats.concept_misses) == (3, 1)
+
+
+def test_small_pictures_do_not_bring_more_rows_than_memory_was_measured_for(
+    booth: Personalizer, concepts: list[Concept]
+) -> None:
+    small = request(booth, concepts[0], num_inference_steps=3, height=8, width=8)
+    with Engine(booth, EngineConfig(row_budget=2, max_row_budget=4)) as engine:
+        for ticket in [engine.submit(small) for _ in range(12)]:
+            ticket.result(20)
+        stats = engine.stats()
+        assert stats.rows <= 4 * stats.steps
+
+
+def test_joining_and_cancelling_wait_at_most_for_the_step_in_progress(
+    booth: Personalizer, concepts: list[Concept]
+) -> None:
+    measured = delays(booth, request(booth, concepts[1], num_inference_steps=LONG), row_budget=6, trials=8)
+    assert measured["join"]["most_steps"] <= 1
+    assert measured["cancel"]["most_steps"] <= 1
 
 
 def test_progress_and_previews_arrive_in_order(booth: Personalizer, concepts: list[Concept], engine: Engine) -> None:

@@ -26,15 +26,15 @@ class KeysValuesCache:
         self.hits = 0
         self.misses = 0
 
-    def get(self, concept: Concept) -> dict[str, KeysValues]:
-        """The concept's keys and values in every adapter."""
+    def get(self, concept: Concept, *, counted: bool = True) -> dict[str, KeysValues]:
+        """The concept's keys and values in every adapter; `counted` among the hits or misses, or not."""
         key = (concept.digest, self._weights)
         with self._lock:
             if key in self._entries:
-                self.hits += 1
+                self.hits += counted
                 self._entries.move_to_end(key)
                 return self._entries[key]
-            self.misses += 1
+            self.misses += counted
         entry = self._booth.keys_values(concept)
         with self._lock:
             if key not in self._entries:

@@ -35,7 +35,7 @@ class EngineConfig:
     row_budget: int | None = None
     """U-Net rows of the model's own size in a step (a guided request has two); None measures the knee at start."""
     max_row_budget: int = 64
-    """Largest number of rows tried when measuring."""
+    """Largest number of rows tried when measuring, and of smaller pictures in a step."""
     max_requests: int = 1024
     """Requests held, waiting ones included; beyond them `submit` refuses."""
     patience_s: float = 60.0
@@ -47,7 +47,8 @@ class EngineConfig:
     max_undecoded: int = 16
     """Finished latents that may wait for the VAE before no further request is begun."""
     buckets: tuple[int, ...] = ()
-    """Numbers of rows, and of reference images, that batches are padded to, rising; empty pads nothing."""
+    """Numbers of rows, and of reference images, that batches are padded to, rising; a step has no more requests than
+    the largest. Empty pads nothing."""
     texts_apart: bool = False
     """Whether each prompt is embedded alone. With this, one bucket of half the row budget and a decode_batch of 1, a
     guided picture is bit for bit the same in any company; else it is the same up to rounding."""
@@ -105,7 +106,7 @@ class Engine:
         self.concepts = KeysValuesCache(booth, config.concept_cache_bytes)
         self.row_budget = config.row_budget or knee(measure_steps(booth, max_rows=config.max_row_budget))
         """U-Net rows of the model's own size in a step; lowered where memory does not suffice."""
-        self._scheduler: Scheduler[Ticket] = Scheduler(self._budget)
+        self._scheduler: Scheduler[Ticket] = Scheduler(self._budget, most=max(config.buckets, default=None))
         self._batch: RowBatch | None = None
         self._arrivals: list[Ticket] = []
         self._wake = Condition()
@@ -230,7 +231,9 @@ class Engine:
     def _budget(self, size: Size) -> int:
         height, width = size
         native: int = self.booth.base.image_size
-        return max(1, self.row_budget * native**2 // (height * width))
+        # Small pictures have large concepts too: their rows are no more than memory was measured for.
+        most = max(self.row_budget, self.config.max_row_budget)
+        return min(most, max(1, self.row_budget * native**2 // (height * width)))
 
     def _step(self, tickets: Sequence[Ticket]) -> None:
         """One step of these; where it fails, of each half, until the one at fault is alone and fails alone."""
@@ -273,7 +276,7 @@ class Engine:
         rows = [ticket.row for ticket in tickets if ticket.row is not None]
         if self._batch is None or self._batch.rows != rows:
             for ticket, row in zip(tickets, rows, strict=True):
-                row.keys_values = self.concepts.get(ticket.request.concept)
+                row.keys_values = self.concepts.get(ticket.request.concept, counted=row.step == 0)
             self._batch = RowBatch(self.booth.base.unet, rows, self._shape(rows))
             for row in rows:
                 # The batch has its copy: what a waiting row held would escape the cache's bound.

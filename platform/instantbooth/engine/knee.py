@@ -13,7 +13,7 @@ from instantbooth.model.denoise import Row, RowBatch
 from instantbooth.model.personalizer import MAX_REFERENCES
 from instantbooth.model.samplers import sampler_table
 
-NEAR_BEST = 0.9
+NEAR_BEST = 0.95
 """The knee is the smallest number of rows that reaches this share of the best rows per second."""
 TYPICAL_REFERENCES = 3
 """Reference images of the subjects that are measured."""

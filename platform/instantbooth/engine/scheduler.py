@@ -36,9 +36,10 @@ class Scheduler(Generic[Item]):
     way keeps what it has reached. One thread changes it; others may look.
     """
 
-    def __init__(self, budget: Callable[[Size], int]) -> None:
-        """`budget` tells how many U-Net rows of a size may share a step."""
+    def __init__(self, budget: Callable[[Size], int], *, most: int | None = None) -> None:
+        """`budget` tells how many U-Net rows of a size may share a step, `most` how many requests of any size."""
         self._budget = budget
+        self._most = most
         self._lines: dict[Size, list[Item]] = {}
         self._seconds: dict[Size, float] = {}
 
@@ -73,7 +74,7 @@ class Scheduler(Generic[Item]):
                 if item.unet_rows <= room or not chosen:
                     chosen.append(item)
                     room -= item.unet_rows
-                if room <= 0:
+                if room <= 0 or len(chosen) == self._most:
                     break
             if chosen:
                 return chosen
