@@ -10,8 +10,8 @@ import torch
 from instantbooth import Concept, Personalizer
 from instantbooth.model.adapter import KeysValues
 from instantbooth.model.denoise import Row, RowBatch
-from instantbooth.model.personalizer import MAX_REFERENCES
 from instantbooth.model.samplers import sampler_table
+from instantbooth.model.subjects import MAX_REFERENCES
 
 NEAR_BEST = 0.95
 """The knee is the smallest number of rows that reaches this share of the best rows per second."""
