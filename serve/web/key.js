@@ -1,0 +1,40 @@
+// The API key: asked for where the server wants one, and kept in this tab.
+
+const STORED = "instantbooth-key";
+const dialog = document.getElementById("key-dialog");
+const field = document.getElementById("key");
+
+let asking = null;
+
+export function storedKey() {
+  return sessionStorage.getItem(STORED) ?? "";
+}
+
+/** Whether a key was given; several calls that lack one ask once. */
+export function askForKey(reason) {
+  asking ??= ask(reason).finally(() => (asking = null));
+  return asking;
+}
+
+function ask(reason) {
+  document.getElementById("key-reason").textContent = reason;
+  field.value = storedKey();
+  dialog.returnValue = "";
+  dialog.showModal();
+  return new Promise((resolve) => {
+    dialog.addEventListener("close", () => resolve(keep(dialog.returnValue === "use")), { once: true });
+  });
+}
+
+function keep(given) {
+  if (!given) return false;
+  const key = field.value.trim();
+  if (key) sessionStorage.setItem(STORED, key);
+  else sessionStorage.removeItem(STORED);
+  return key !== "";
+}
+
+document.getElementById("key-cancel").addEventListener("click", () => dialog.close(""));
+document.getElementById("key-open").addEventListener("click", () => {
+  askForKey("Only servers that have keys need one.");
+});

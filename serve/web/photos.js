@@ -1,0 +1,94 @@
+// The photos that are to become a concept: dropped, pasted or chosen, shown, and removable one by one.
+
+import { Problem } from "./api.js";
+import { count, megabytes } from "./words.js";
+
+const template = document.getElementById("photo-template");
+
+export class Photos {
+  /** `onChange()` follows each change, `onProblem(problem)` what is refused. */
+  constructor(limits, { onChange, onProblem }) {
+    this.limits = limits;
+    this.files = [];
+    this.list = document.getElementById("photos");
+    this.input = document.getElementById("files");
+    this.onChange = onChange;
+    this.onProblem = onProblem;
+    this.input.addEventListener("change", () => {
+      this.add([...this.input.files]);
+      this.input.value = "";
+    });
+    document.addEventListener("paste", (event) => this.#pasted(event));
+    listenForDrops((files) => this.add(files));
+  }
+
+  add(files) {
+    const kept = files.filter((file) => !this.#fault(file));
+    const room = this.limits.max_references - this.files.length;
+    for (const file of kept.slice(0, room)) this.#show(file);
+    this.onChange();
+    const faults = files.map((file) => this.#fault(file)).filter(Boolean);
+    if (kept.length > room) faults.push(`a concept takes ${count(this.limits.max_references, "photo")} at most`);
+    if (faults.length) this.onProblem(new Problem("Not every photo was added.", faults.join("; ")));
+  }
+
+  clear() {
+    for (const item of this.list.children) URL.revokeObjectURL(item.querySelector("img").src);
+    this.files = [];
+    this.list.replaceChildren();
+    this.onChange();
+  }
+
+  #fault(file) {
+    if (!file.type.startsWith("image/")) return `${file.name} is not a picture`;
+    const { max_image_bytes: most } = this.limits;
+    return file.size > most ? `${file.name} has ${megabytes(file.size)}, at most ${megabytes(most)} are taken` : null;
+  }
+
+  #show(file) {
+    this.files.push(file);
+    const item = template.content.cloneNode(true).firstElementChild;
+    const image = item.querySelector("img");
+    image.src = URL.createObjectURL(file);
+    image.alt = file.name;
+    const remove = item.querySelector(".remove");
+    remove.setAttribute("aria-label", `Remove ${file.name}`);
+    remove.addEventListener("click", () => this.#remove(file, item));
+    this.list.append(item);
+  }
+
+  #remove(file, item) {
+    const next = item.nextElementSibling ?? item.previousElementSibling;
+    this.files.splice(this.files.indexOf(file), 1);
+    URL.revokeObjectURL(item.querySelector("img").src);
+    item.remove();
+    (next?.querySelector(".remove") ?? this.input).focus();
+    this.onChange();
+  }
+
+  #pasted(event) {
+    const files = [...(event.clipboardData?.files ?? [])];
+    if (files.length) {
+      event.preventDefault();
+      this.add(files);
+    }
+  }
+}
+
+/** Files may be dropped anywhere on the page: beside the field is no reason to leave the page for the file. */
+function listenForDrops(onFiles) {
+  const hasFiles = (event) => event.dataTransfer?.types.includes("Files");
+  const mark = (over) => document.body.classList.toggle("dropping", over);
+  document.addEventListener("dragover", (event) => {
+    if (!hasFiles(event)) return;
+    event.preventDefault();
+    mark(true);
+  });
+  document.addEventListener("dragleave", (event) => event.relatedTarget === null && mark(false));
+  document.addEventListener("drop", (event) => {
+    mark(false);
+    if (!hasFiles(event)) return;
+    event.preventDefault();
+    onFiles([...event.dataTransfer.files]);
+  });
+}
