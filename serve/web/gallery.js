@@ -3,6 +3,7 @@
 import { showPicture } from "./details.js";
 
 const NAME_CHARS = 60;
+const MOST_COLUMNS = 3;
 
 const runTemplate = document.getElementById("run-template");
 const tileTemplate = document.getElementById("tile-template");
@@ -19,7 +20,7 @@ export class Gallery {
     document.getElementById("empty").hidden = true;
     const run = new Run(asked, concept, this.onReuse);
     this.runs.prepend(run.element);
-    run.element.scrollIntoView({ block: "nearest" });
+    run.element.scrollIntoView({ block: "start" });
     return run;
   }
 }
@@ -32,7 +33,7 @@ class Run {
     this.element.querySelector("p").textContent = new Date().toLocaleTimeString([], { timeStyle: "short" });
     this.tiles = Array.from({ length: asked.n }, () => new Tile(asked, this.subject, onReuse));
     const list = this.element.querySelector(".tiles");
-    list.classList.toggle("alone", asked.n === 1);
+    list.style.setProperty("--columns", asked.n === 4 ? 2 : Math.min(asked.n, MOST_COLUMNS));
     list.append(...this.tiles.map((tile) => tile.element));
   }
 

@@ -3,6 +3,7 @@
 const STORED = "instantbooth-key";
 const dialog = document.getElementById("key-dialog");
 const field = document.getElementById("key");
+const opener = document.getElementById("key-open");
 
 let asking = null;
 
@@ -17,6 +18,7 @@ export function askForKey(reason) {
 }
 
 function ask(reason) {
+  opener.hidden = false;
   document.getElementById("key-reason").textContent = reason;
   field.value = storedKey();
   dialog.returnValue = "";
@@ -35,6 +37,5 @@ function keep(given) {
 }
 
 document.getElementById("key-cancel").addEventListener("click", () => dialog.close(""));
-document.getElementById("key-open").addEventListener("click", () => {
-  askForKey("Only servers that have keys need one.");
-});
+opener.addEventListener("click", () => askForKey("Another key shows another tenant's concepts after a reload."));
+opener.hidden = !storedKey();

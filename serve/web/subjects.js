@@ -28,6 +28,7 @@ export class Subjects {
       event.preventDefault();
       this.#attempt(() => this.#make());
     });
+    this.list.addEventListener("change", () => this.#changed());
     element("concepts-more").addEventListener("click", () => this.#attempt(() => this.load()));
   }
 
@@ -40,7 +41,6 @@ export class Subjects {
     element("concepts-more").hidden = !page.has_more;
     if (!this.chosen) this.choose(page.data[0]?.id);
     element("newcomer").open = this.concepts.size === 0;
-    this.#changed();
   }
 
   get chosen() {
@@ -52,6 +52,7 @@ export class Subjects {
   choose(conceptId) {
     const input = this.list.querySelector(`input[value="${conceptId}"]`);
     if (input) input.checked = true;
+    this.#changed();
     return input !== null;
   }
 
@@ -97,7 +98,6 @@ export class Subjects {
     this.photos.clear();
     element("name").value = "";
     element("newcomer").open = false;
-    this.#changed();
     item.querySelector("input").focus();
     this.status.textContent = `${titleOf(concept)} is ready, made of ${count(concept.num_images, "photo")}. The photos were not kept.`;
   }
@@ -134,9 +134,8 @@ export class Subjects {
     this.list.querySelector(`input[value="${conceptId}"]`)?.closest("li").remove();
     this.concepts.delete(conceptId);
     forgetFace(conceptId);
-    if (!this.chosen) this.choose(this.list.querySelector("input")?.value);
+    this.choose((this.chosen ?? this.concepts.values().next().value)?.id);
     if (this.concepts.size === 0) element("newcomer").open = true;
-    this.#changed();
   }
 
   async #attempt(action) {
@@ -157,6 +156,7 @@ export class Subjects {
 
   #changed() {
     element("concepts").hidden = this.concepts.size === 0;
+    element("subject-name").textContent = this.chosen ? titleOf(this.chosen) : "your subject";
   }
 
   #busy(busy) {
