@@ -6,15 +6,13 @@ import { askForKey, storedKey } from "./key.js";
 const PATIENCE_S = 60;
 
 const TITLES = {
-  401: "The key was not accepted.",
-  404: "It is not there any more.",
-  409: "That does not fit together.",
-  413: "That is too much to send.",
-  415: "That kind of file is not understood.",
-  422: "Something needs changing.",
-  429: "The booth is full.",
-  503: "The booth is not ready.",
-  504: "It took too long.",
+  authentication_error: "You are not let in.",
+  conflict_error: "That does not fit together.",
+  invalid_request_error: "Something needs changing.",
+  not_found_error: "It is not there any more.",
+  rate_limit_error: "The booth is full.",
+  server_error: "The server had trouble.",
+  timeout_error: "It took too long.",
 };
 
 /** What went wrong, as a person may read it. */
@@ -36,7 +34,7 @@ export async function call(path, { onWait = () => {}, ...options } = {}) {
     if (response.ok) return response;
     const problem = await problemOf(response);
     if (problem.code === "invalid_api_key") {
-      if (!(await askForKey(problem.message))) throw problem;
+      if (!(await askForKey())) throw problem;
     } else if (problem.retryAfter !== null && waited < PATIENCE_S) {
       waited += problem.retryAfter;
       await countDown(problem, onWait, options.signal);
@@ -89,8 +87,8 @@ async function problemOf(response) {
   return problemOfError(body?.error ?? {}, response.status, response);
 }
 
-function problemOfError({ message, code, param }, status, response) {
-  return new Problem(TITLES[status] ?? "That did not work.", message ?? "The server gave no reason; try again.", {
+function problemOfError({ message, type, code, param }, status, response) {
+  return new Problem(TITLES[type] ?? "That did not work.", message ?? "The server gave no reason; try again.", {
     status,
     code,
     param,

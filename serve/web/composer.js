@@ -18,7 +18,7 @@ export class Composer {
       this.#create();
     });
     element("prompt").addEventListener("keydown", (event) => {
-      if (event.key !== "Enter" || event.shiftKey) return;
+      if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
       event.preventDefault();
       this.#create();
     });
@@ -52,7 +52,7 @@ export class Composer {
     const concept = this.subjects.chosen;
     if (!concept) {
       const message = "make a concept of a few photos first, or choose one";
-      throw new Problem("There is nobody to picture yet.", message, { param: "files" });
+      throw new Problem("There is nobody to picture yet.", message, { param: "image" });
     }
     const prompt = promptText();
     if (prompt.split(SUBJECT).length !== 2) {

@@ -10,7 +10,9 @@ export function showPicture(picture, onReuse) {
   image.src = picture.source;
   image.alt = picture.alt;
   document.getElementById("picture-title").textContent = picture.alt;
-  dialog.querySelector("dl").replaceChildren(...facts(picture).flatMap(([name, value]) => [tag("dt", name), tag("dd", value)]));
+  dialog
+    .querySelector("dl")
+    .replaceChildren(...facts(picture).flatMap(([name, value]) => [tag("dt", name), tag("dd", value)]));
   Object.assign(download, { href: picture.source, download: picture.file });
   close = () => onReuse(picture);
   dialog.showModal();

@@ -94,7 +94,20 @@ class Tile {
     const file = `${slug(alt)}-${seed}.${event.output_format}`;
     const { subject } = this;
     this.share = 1;
-    this.picture = { source, alt, file, prompt, subject, seed, parameters, concept, size, weights, timings, created_at };
+    this.picture = {
+      source,
+      alt,
+      file,
+      prompt,
+      subject,
+      seed,
+      parameters,
+      concept,
+      size,
+      weights,
+      timings,
+      created_at,
+    };
     this.#show(source, alt);
     this.progress.remove();
     this.words.textContent = `Seed ${seed}`;
@@ -130,7 +143,11 @@ function spoken(prompt, subject) {
 }
 
 function slug(text) {
-  return text.toLowerCase().replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, NAME_CHARS).replace(/^-|-$/g, "");
+  return text
+    .toLowerCase()
+    .replace(/[^\p{L}\p{N}]+/gu, "-")
+    .slice(0, NAME_CHARS)
+    .replace(/^-|-$/g, "");
 }
 
 function blobOf(base64, type) {

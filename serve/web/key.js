@@ -12,7 +12,8 @@ export function storedKey() {
 }
 
 /** Whether a key was given; several calls that lack one ask once. */
-export function askForKey(reason) {
+export function askForKey() {
+  const reason = storedKey() ? "That key is not known here." : "This server gives pictures to those who have a key.";
   asking ??= ask(reason).finally(() => (asking = null));
   return asking;
 }
@@ -37,5 +38,9 @@ function keep(given) {
 }
 
 document.getElementById("key-cancel").addEventListener("click", () => dialog.close(""));
-opener.addEventListener("click", () => askForKey("Another key shows another tenant's concepts after a reload."));
+opener.addEventListener("click", async () => {
+  const before = storedKey();
+  await ask("Each key has concepts of its own.");
+  if (storedKey() !== before) location.reload();
+});
 opener.hidden = !storedKey();

@@ -5,13 +5,16 @@ import { count, megabytes } from "./words.js";
 
 const template = document.getElementById("photo-template");
 
+/** What a form takes beside its files. */
+const FORM_BYTES = 10_000;
+
 export class Photos {
   /** `onChange()` follows each change, `onProblem(problem)` what is refused. */
   constructor(limits, { onChange, onProblem }) {
     this.limits = limits;
     this.files = [];
     this.list = document.getElementById("photos");
-    this.input = document.getElementById("files");
+    this.input = document.getElementById("image");
     this.onChange = onChange;
     this.onProblem = onProblem;
     this.input.addEventListener("change", () => {
@@ -23,12 +26,13 @@ export class Photos {
   }
 
   add(files) {
-    const kept = files.filter((file) => !this.#fault(file));
-    const room = this.limits.max_references - this.files.length;
-    for (const file of kept.slice(0, room)) this.#show(file);
+    const faults = [];
+    for (const file of files) {
+      const fault = this.#fault(file);
+      if (fault) faults.push(`${file.name} ${fault}`);
+      else this.#show(file);
+    }
     this.onChange();
-    const faults = files.map((file) => this.#fault(file)).filter(Boolean);
-    if (kept.length > room) faults.push(`a concept takes ${count(this.limits.max_references, "photo")} at most`);
     if (faults.length) this.onProblem(new Problem("Not every photo was added.", faults.join("; ")));
   }
 
@@ -40,9 +44,14 @@ export class Photos {
   }
 
   #fault(file) {
-    if (!file.type.startsWith("image/")) return `${file.name} is not a picture`;
-    const { max_image_bytes: most } = this.limits;
-    return file.size > most ? `${file.name} has ${megabytes(file.size)}, at most ${megabytes(most)} are taken` : null;
+    const { max_references, max_image_bytes, max_body_bytes } = this.limits;
+    const together = this.files.reduce((sum, each) => sum + each.size, file.size);
+    if (!file.type.startsWith("image/")) return "is not a picture";
+    if (file.size > max_image_bytes)
+      return `has ${megabytes(file.size)}, at most ${megabytes(max_image_bytes)} are taken`;
+    if (together > max_body_bytes - FORM_BYTES) return `is too much: together ${megabytes(max_body_bytes)} are taken`;
+    if (this.files.length >= max_references) return `is one too many: ${count(max_references, "photo")} are taken`;
+    return null;
   }
 
   #show(file) {

@@ -37,7 +37,8 @@ function reflect() {
   mirror.replaceChildren(...marks, "\u200b");
   const style = OPENING.exec(sheet.value)?.[1].toLowerCase();
   for (const chip of styles) chip.setAttribute("aria-pressed", String(chip.dataset.style === style));
-  for (const chip of scenes) chip.setAttribute("aria-pressed", String(promptText().endsWith(`${SUBJECT} ${chip.dataset.scene}`)));
+  for (const chip of scenes)
+    chip.setAttribute("aria-pressed", String(promptText().endsWith(`${SUBJECT} ${chip.dataset.scene}`)));
 }
 
 function marked() {

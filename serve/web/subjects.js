@@ -15,6 +15,7 @@ const element = (id) => document.getElementById(id);
 export class Subjects {
   constructor({ class_nouns, limits, defaults }) {
     this.concepts = new Map();
+    this.busy = false;
     this.list = element("concept-list");
     this.status = element("subject-status");
     this.box = element("subject-problem");
@@ -57,9 +58,10 @@ export class Subjects {
   }
 
   async #make() {
+    if (this.busy) return;
     const { files } = this.photos;
     if (files.length === 0) {
-      element("files").focus();
+      element("image").focus();
       this.status.textContent = "Add a photo first.";
       return;
     }
@@ -160,8 +162,10 @@ export class Subjects {
   }
 
   #busy(busy) {
+    // A disabled button would lose the focus.
+    this.busy = busy;
     element("maker").classList.toggle("busy", busy);
-    element("make").disabled = busy;
+    element("make").setAttribute("aria-disabled", String(busy));
   }
 }
 
@@ -189,10 +193,12 @@ function offerNouns(classNouns) {
     group.append(...nouns.map((noun) => new Option(noun, noun)));
     return group;
   });
-  element("noun").replaceChildren(...groups);
+  element("class_noun").replaceChildren(...groups);
 }
 
 function offerTimes(longest, usual) {
   const times = [...new Set([...TIMES_S, usual, longest])].filter((time) => time <= longest).sort((a, b) => a - b);
-  element("keep").replaceChildren(...times.map((time) => new Option(duration(time), time, time === usual, time === usual)));
+  element("ttl_s").replaceChildren(
+    ...times.map((time) => new Option(duration(time), time, time === usual, time === usual)),
+  );
 }

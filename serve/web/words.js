@@ -9,6 +9,7 @@ export function showProblem(box, problem) {
   box.hidden = false;
   const field = problem.param && document.getElementById(problem.param);
   if (!field) return;
+  field.closest("details")?.setAttribute("open", "");
   field.setAttribute("aria-invalid", "true");
   field.addEventListener("input", () => clearProblem(box), { once: true });
   field.focus();
@@ -35,7 +36,11 @@ export function megabytes(bytes) {
 
 /** A span of time in its largest fitting unit. */
 export function duration(seconds) {
-  for (const [unit, length] of [["day", 86_400], ["hour", 3_600], ["minute", 60]]) {
+  for (const [unit, length] of [
+    ["day", 86_400],
+    ["hour", 3_600],
+    ["minute", 60],
+  ]) {
     if (seconds >= length) return count(Math.round(seconds / length), unit);
   }
   return count(Math.max(0, Math.round(seconds)), "second");
