@@ -11,9 +11,7 @@ from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 
 FOLDER = Path(__file__).parent / "web"
-POLICY = (
-    "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
-)
+POLICY = "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 HEADERS = {
     "Content-Security-Policy": POLICY,
     "Cross-Origin-Opener-Policy": "same-origin",
