@@ -1,6 +1,7 @@
 // The pictures: each run of the composer, its previews as they sharpen, and what each picture was made of.
 
 import { showPicture } from "./details.js";
+import { subjectOf } from "./subjects.js";
 
 const NAME_CHARS = 60;
 const MOST_COLUMNS = 3;
@@ -27,7 +28,7 @@ export class Gallery {
 
 class Run {
   constructor(asked, concept, onReuse) {
-    this.subject = concept.name ?? `a ${concept.class_noun}`;
+    this.subject = subjectOf(concept);
     this.element = runTemplate.content.cloneNode(true).firstElementChild;
     this.element.querySelector("h3").textContent = spoken(asked.prompt, this.subject);
     this.element.querySelector("p").textContent = new Date().toLocaleTimeString([], { timeStyle: "short" });

@@ -21,6 +21,12 @@ export class Photos {
       this.add([...this.input.files]);
       this.input.value = "";
     });
+    this.input.addEventListener("keydown", (event) => {
+      // Enter would send the form.
+      if (event.key !== "Enter") return;
+      event.preventDefault();
+      this.input.click();
+    });
     document.addEventListener("paste", (event) => this.#pasted(event));
     listenForDrops((files) => this.add(files));
   }
@@ -29,7 +35,7 @@ export class Photos {
     const faults = [];
     for (const file of files) {
       const fault = this.#fault(file);
-      if (fault) faults.push(`${file.name} ${fault}`);
+      if (fault) faults.push(`“${file.name}” ${fault}`);
       else this.#show(file);
     }
     this.onChange();

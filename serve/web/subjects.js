@@ -158,7 +158,7 @@ export class Subjects {
 
   #changed() {
     element("concepts").hidden = this.concepts.size === 0;
-    element("subject-name").textContent = this.chosen ? titleOf(this.chosen) : "your subject";
+    element("subject-name").textContent = this.chosen ? subjectOf(this.chosen) : "your subject";
   }
 
   #busy(busy) {
@@ -167,6 +167,11 @@ export class Subjects {
     element("maker").classList.toggle("busy", busy);
     element("make").setAttribute("aria-disabled", String(busy));
   }
+}
+
+/** The concept in the middle of a sentence. */
+export function subjectOf(concept) {
+  return concept.name ?? `a ${concept.class_noun}`;
 }
 
 function titleOf(concept) {

@@ -96,7 +96,7 @@ def made_concept(page: Page, photos: list[Path], name: str) -> None:
         page.get_by_text("Somebody new").click()
     page.locator("#image").set_input_files(photos)
     page.get_by_label("It is a").select_option("cat")
-    page.get_by_label("Name").fill(name)
+    page.get_by_role("textbox", name="Name").fill(name)
     page.get_by_role("button", name="Make the concept").click()
     expect(page.locator("#subject-status")).to_contain_text(f"{name} is ready", timeout=SLOW_MS)
 
@@ -141,7 +141,7 @@ def test_a_person_goes_the_whole_way(real: Server, browser: Browser, photos: lis
         expect(page.locator("#photos li")).to_have_count(3)
         shoot(page, "2-photos")
         page.get_by_label("It is a").select_option("kitten")
-        page.get_by_label("Name").fill("Tom")
+        page.get_by_role("textbox", name="Name").fill("Tom")
         with page.expect_response("**/v1/concepts") as sent:
             page.get_by_role("button", name="Make the concept").click()
         concept = concept_of(sent.value)
@@ -309,7 +309,7 @@ def test_what_goes_wrong_is_told_in_words_where_it_belongs(
 
         page.get_by_text("Somebody new").click()
         page.locator("#image").set_input_files([notes, broken])
-        expect(page.locator("#subject-problem")).to_contain_text("notes.txt is not a picture")
+        expect(page.locator("#subject-problem")).to_contain_text("“notes.txt” is not a picture")
         page.get_by_role("button", name="Make the concept").click()
         expect(page.locator("#subject-problem")).to_contain_text("is not a picture in a known format")
 
