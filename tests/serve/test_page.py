@@ -53,7 +53,7 @@ def browser() -> Iterator[Browser]:
     # Chromium's sandbox does not start for root.
     arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
     SHOTS.mkdir(parents=True, exist_ok=True)
-    expect.set_options(timeout=20_000)
+    expect.set_options(timeout=60_000)
     with sync_playwright() as playwright:
         yield playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
 
@@ -76,7 +76,7 @@ def opened(
     complaints: list[str] = []
     with browser.new_context(viewport=size, **context) as tab:
         page = tab.new_page()
-        page.set_default_timeout(20_000)
+        page.set_default_timeout(60_000)
         page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.add_init_script(
