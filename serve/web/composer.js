@@ -13,10 +13,7 @@ export class Composer {
     this.status = element("composer-status");
     this.running = null;
     element("prompt").maxLength = model.limits.max_prompt_chars;
-    element("composer").addEventListener("submit", (event) => {
-      event.preventDefault();
-      this.#create();
-    });
+    element("composer").addEventListener("submit", () => this.#create());
     element("prompt").addEventListener("keydown", (event) => {
       if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
       event.preventDefault();

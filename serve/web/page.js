@@ -26,6 +26,11 @@ async function start() {
   await subjects.load();
 }
 
+// Scripts send what forms hold, never the forms themselves: not even before the endpoint has answered.
+for (const id of ["maker", "composer"]) {
+  document.getElementById(id).addEventListener("submit", (event) => event.preventDefault());
+}
+
 start().catch((problem) => {
   status.textContent = "Not connected";
   showProblem(document.getElementById("subject-problem"), problem);

@@ -25,10 +25,7 @@ export class Subjects {
     });
     offerNouns(class_nouns);
     offerTimes(limits.max_concept_ttl_s, defaults.concept_ttl_s);
-    element("maker").addEventListener("submit", (event) => {
-      event.preventDefault();
-      this.#attempt(() => this.#make());
-    });
+    element("maker").addEventListener("submit", () => this.#attempt(() => this.#make()));
     this.list.addEventListener("change", () => this.#changed());
     element("concepts-more").addEventListener("click", () => this.#attempt(() => this.load()));
   }
@@ -115,11 +112,11 @@ export class Subjects {
     item.querySelector(".about").textContent = aboutOf(concept);
     showFace(item.querySelector(".face"), concept, title);
     remove.setAttribute("aria-label", `Delete ${title}`);
-    remove.addEventListener("click", () => this.#attempt(() => this.#delete(concept, item)));
+    remove.addEventListener("click", () => this.#attempt(() => this.#delete(concept)));
     return item;
   }
 
-  async #delete(concept, item) {
+  async #delete(concept) {
     if (!(await confirmed(`Delete ${titleOf(concept)}?`))) return;
     await call(`v1/concepts/${concept.id}`, { method: "DELETE" }).catch((problem) => {
       // Expired or deleted elsewhere: what was wanted is so.
@@ -136,7 +133,7 @@ export class Subjects {
     this.list.querySelector(`input[value="${conceptId}"]`)?.closest("li").remove();
     this.concepts.delete(conceptId);
     forgetFace(conceptId);
-    this.choose((this.chosen ?? this.concepts.values().next().value)?.id);
+    this.choose(this.chosen?.id ?? this.list.querySelector("input")?.value);
     if (this.concepts.size === 0) element("newcomer").open = true;
   }
 
