@@ -36,6 +36,7 @@ from serve.keys import Keyring
 from serve.limits import Gate
 from serve.messages import Begun, Encoded, Event, Picture, Upload, Work
 from serve.metrics import Snapshot, StageMetrics, exposition
+from serve.page import add_page
 from serve.pictures import PREFIX, PictureStore
 from serve.records import new_id
 from serve.schemas import (
@@ -413,6 +414,7 @@ def build_app(api: Api) -> FastAPI:
             openapi_extra=extra,
             responses={"default": {"model": ErrorBody}},
         )
+    add_page(app)
     app.add_middleware(Keys, keys=api.keys)
     app.add_middleware(BodyLimit, max_bytes=api.config.max_body_bytes)
     errors = Errors(api.metrics.rejections)

@@ -21,11 +21,12 @@
     POST   /v1/images/jobs/{id}/cancel            JobObject
     GET    /v1/images/jobs/{id}/events            the events of a streamed generation
     GET    /v1/images/files/{tenant}/{name}?…     a picture, by the signed url that a response held
+    GET    /, /web/…                              the page, which is a client of the lines above
     GET    /healthz, /readyz, /metrics
 
-Every request but the page's, the signed urls' and the last line's carries "Authorization: Bearer KEY" where the server
-has keys. POST /v1/images/generations and /v1/images/jobs take the header Idempotency-Key, and only they. Every answer
-carries X-Request-ID. Every error is an ErrorBody; 429 and 503 tell in Retry-After when to come back.
+Every request but those for the page, the signed urls' and the last line's carries "Authorization: Bearer KEY" where the
+server has keys. POST /v1/images/generations and /v1/images/jobs take the header Idempotency-Key, and only they. Every
+answer carries X-Request-ID. Every error is an ErrorBody; 429 and 503 tell in Retry-After when to come back.
 
 A stream is Server-Sent Events, `event: TYPE` and `data: JSON`, where the JSON has the same "type":
 
