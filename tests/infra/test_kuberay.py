@@ -25,6 +25,7 @@ from ray.train.v2._internal.execution.worker_group.worker import RayTrainWorker
 
 from instantbooth.presets import preset
 from jobs.bulk import BulkConfig
+from jobs.promote import PromoteConfig
 from jobs.train import PRESETS
 from pipelines.ingest import IngestConfig
 from serve.config import ServeConfig
@@ -203,3 +204,9 @@ def test_a_training_is_asked_to_stop_and_has_time_to_save() -> None:
         if group == "head":
             (wait,) = (each["value"] for each in container["env"] if each["name"] == "RAY_JOB_STOP_WAIT_TIME_S")
             assert 60 <= int(wait) < pod["terminationGracePeriodSeconds"]
+
+
+def test_what_the_secret_says_of_mlflow_counts_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    configured = command("train").model, command("personalize").model, ServeConfig(), PromoteConfig()
+    assert {each.tracking_uri for each in configured} == {"http://mlflow:5000"}
