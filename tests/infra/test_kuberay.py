@@ -28,6 +28,7 @@ from jobs.bulk import BulkConfig
 from jobs.promote import PromoteConfig
 from jobs.train import PRESETS
 from pipelines.ingest import IngestConfig
+from pipelines.model import ModelConfig
 from serve.config import ServeConfig
 
 ROOT = Path(__file__).parent.parent.parent
@@ -208,5 +209,5 @@ def test_a_training_is_asked_to_stop_and_has_time_to_save() -> None:
 
 def test_what_the_secret_says_of_mlflow_counts_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
-    configured = command("train").model, command("personalize").model, ServeConfig(), PromoteConfig()
+    configured = ModelConfig(), command("personalize").model, ServeConfig(), PromoteConfig()
     assert {each.tracking_uri for each in configured} == {"http://mlflow:5000"}
