@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from jobs import cli
 from jobs.benchmarks.adapter import adapter
+from jobs.benchmarks.autoscaling import autoscaling
 from jobs.benchmarks.bulk import bulk
 from jobs.benchmarks.engine import engine
 from jobs.benchmarks.feed import feed
@@ -13,6 +14,7 @@ from jobs.benchmarks.train import train
 
 COMMANDS = {
     "adapter": adapter,
+    "autoscaling": autoscaling,
     "bulk": bulk,
     "engine": engine,
     "feed": feed,

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from instantbooth import Personalizer
 from instantbooth.errors import ParameterError, WeightsError
 from instantbooth.evaluation.miniature import Examination, draw_subjects
-from instantbooth.presets import miniature_folder
+from instantbooth.presets import miniature_folder, tracking_uri
 from instantbooth.tracking import CANDIDATE, CHAMPION, Registry, Version
 from jobs import cli
 
@@ -24,8 +24,8 @@ class PromoteConfig:
 
     candidate: str = CANDIDATE
     """Alias, or number, of the version that may become champion."""
-    tracking_uri: str = "sqlite:///mlflow.db"
-    """MLflow: the registry."""
+    tracking_uri: str = field(default_factory=tracking_uri)
+    """MLflow: the registry. By default MLFLOW_TRACKING_URI."""
     identities: int = 16
     """Validation identities, with five references and four prompts each. They are the miniature world's."""
     tolerance: float = 0.02

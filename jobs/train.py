@@ -7,6 +7,7 @@ stop (SIGTERM saves first). `python -m jobs.train miniature --help` lists every 
 from __future__ import annotations
 
 import logging
+import os
 import platform
 import signal
 import subprocess
@@ -296,6 +297,9 @@ def _provenance() -> dict[str, object]:
 
 
 def _revision() -> str:
+    # An image has no repository: its build says what it holds.
+    if built_from := os.environ.get("CODE_REVISION"):
+        return built_from
     command = ["git", "describe", "--always", "--dirty"]
     try:
         said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from instantbooth import Personalizer
 from instantbooth.model.subjects import SubjectEncoder
 from instantbooth.model.weights import read_tensors, tensors_digest
-from instantbooth.presets import preset
+from instantbooth.presets import preset, tracking_uri
 from instantbooth.tracking import resolve_weights
 from pipelines.plan import ModelIdentity
 
@@ -28,8 +28,8 @@ class ModelConfig:
     """Folder of a segmentation model, for references without mask and alpha channel; the preset's if none is given."""
     weights: str | None = None
     """Weights folder, or a registered one such as models:/instantbooth@candidate; the preset's if none is given."""
-    tracking_uri: str = "sqlite:///mlflow.db"
-    """MLflow: the registry of models:/ URIs, and where trainings are tracked."""
+    tracking_uri: str = field(default_factory=tracking_uri)
+    """MLflow: the registry of models:/ URIs, and where trainings are tracked. By default MLFLOW_TRACKING_URI."""
 
     def identity(self) -> ModelIdentity:
         """What of the model determines pictures, without loading it. WeightsError where the weights are missing."""

@@ -21,11 +21,18 @@ DRAIN_S = 60.0
 """How long a replica that is to go may finish what it holds."""
 DRAIN_LOOK_S = 0.5
 """How often it looks whether it has."""
+ONE_REPLICA = AutoscalingConfig(
+    min_replicas=1, max_replicas=1, policy=AutoscalingPolicy(policy_function="serve.scaling:QueuedWorkPolicy")
+)
 
 
 def build(args: ServeConfig) -> Application:
     """Ingress → concept encoder → diffusion, and one replica for jobs; sized for one machine."""
-    config = args
+    return application(args, ONE_REPLICA)
+
+
+def application(config: ServeConfig, scaling: AutoscalingConfig) -> Application:
+    """The same, with as many diffusion replicas as `scaling` says."""
     if config.url_secret is None:
         config = config.model_copy(update={"url_secret": secrets.token_hex(32)})
     encoder = serve.deployment(
@@ -44,11 +51,7 @@ def build(args: ServeConfig) -> Application:
         health_check_period_s=2.0,
         ray_actor_options={"num_cpus": 1},
         request_router_config=RequestRouterConfig(request_router_class="serve.scaling:ConceptRouter"),
-        autoscaling_config=AutoscalingConfig(
-            min_replicas=1,
-            max_replicas=1,
-            policy=AutoscalingPolicy(policy_function="serve.scaling:QueuedWorkPolicy"),
-        ),
+        autoscaling_config=scaling,
     ).bind(config)
     jobs = serve.deployment(
         JobRunner,

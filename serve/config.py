@@ -6,6 +6,8 @@ import re
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from instantbooth.presets import tracking_uri
+
 TENANT = r"[a-z0-9][a-z0-9-]{0,39}"
 HASH = r"[0-9a-f]{64}"
 
@@ -21,8 +23,8 @@ class ServeConfig(BaseModel):
     """CLIP folder; the preset's, or the base folder's image_encoder/, if none is given."""
     weights: str | None = None
     """Weights folder, or a registered one such as models:/instantbooth@champion; the preset's if none is given."""
-    tracking_uri: str = "sqlite:///mlflow.db"
-    """MLflow, for models:/ URIs."""
+    tracking_uri: str = Field(default_factory=tracking_uri)
+    """MLflow, for models:/ URIs. By default MLFLOW_TRACKING_URI."""
     store: str = "out/serve"
     """Where concepts, jobs and pictures are kept: a folder, file:// or s3://, the same for every replica."""
     keys: dict[str, list[str]] = {}

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import requests
 import torch
@@ -19,7 +20,11 @@ from jobs import cli
 from jobs.benchmarks.timing import machine, measure
 from jobs.cluster import ray_cluster
 
+if TYPE_CHECKING:
+    from ray.serve.config import AutoscalingConfig
+
 PROMPT = "a photo of a {subject} at the beach"
+SUBJECT = Image.new("RGBA", (64, 64), (200, 120, 80, 255))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,15 +43,11 @@ def serve(options: cli.Flat[ServeBenchmark]) -> None:
     """Prints the medians, what the endpoint adds, and the ratio, as JSON."""
     torch.set_num_threads(1)
     settings = {"num_inference_steps": options.num_inference_steps, "guidance_scale": options.guidance_scale}
-    subject = Image.new("RGBA", (64, 64), (200, 120, 80, 255))
     booth = Personalizer.from_pretrained("miniature", device="cpu")
-    concept = booth.encode([subject])
-    with endpoint(options.port) as url, Engine(booth, EngineConfig(row_budget=2)) as engine:
+    concept = booth.encode([SUBJECT])
+    with endpoint(options.port, row_budget=2) as url, Engine(booth, EngineConfig(row_budget=2)) as engine:
         session = requests.Session()
-        photo = io.BytesIO()
-        subject.save(photo, "PNG")
-        made = session.post(f"{url}/v1/concepts", files={"image": photo.getvalue()}, timeout=60)
-        body = {"prompt": PROMPT, "concept": made.json()["id"], "seed": 7, **settings}
+        body = {"prompt": PROMPT, "concept": new_concept(url), "seed": 7, **settings}
         names = ("negative_prompt", "adapter_scale", "concept_scale", "sampler")
         request = booth.requests(PROMPT, concept, seed=7, **settings, **dict.fromkeys(names))[0]
 
@@ -70,17 +71,26 @@ def serve(options: cli.Flat[ServeBenchmark]) -> None:
 
 
 @contextmanager
-def endpoint(port: int) -> Iterator[str]:
-    """The endpoint on a Ray of its own; its address."""
+def endpoint(port: int, scaling: AutoscalingConfig | None = None, **settings: Any) -> Iterator[str]:
+    """The endpoint on a Ray of its own, with one diffusion replica or as `scaling` says; its address."""
     from ray import serve as ray_serve
 
-    from serve.app import build
+    from serve.app import ONE_REPLICA, application
     from serve.config import ServeConfig
 
     with tempfile.TemporaryDirectory() as folder, ray_cluster():
         ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
-        ray_serve.run(build(ServeConfig(store=folder, row_budget=2)))
+        ray_serve.run(application(ServeConfig(store=folder, **settings), scaling or ONE_REPLICA))
         try:
             yield f"http://127.0.0.1:{port}"
         finally:
             ray_serve.shutdown()
+
+
+def new_concept(url: str) -> str:
+    """The id of a concept that was made of a plain picture, whose alpha channel is its mask."""
+    photo = io.BytesIO()
+    SUBJECT.save(photo, "PNG")
+    made = requests.post(f"{url}/v1/concepts", files={"image": photo.getvalue()}, timeout=60)
+    made.raise_for_status()
+    return str(made.json()["id"])
