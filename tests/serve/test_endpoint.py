@@ -19,6 +19,7 @@ from PIL import Image
 
 from instantbooth import Personalizer
 from instantbooth.images import read_png_metadata
+from serve.page import POLICY
 from tests.serve.conftest import Client, Server, png, portrait
 
 PROMPT = "a photo of a {subject} at the beach"
@@ -286,6 +287,13 @@ def test_a_client_that_leaves_frees_its_rows(server: Server, concept: str, strea
     connection.close()
     wait_until(lambda: metric(server, "instantbooth_queued_work_rows") == 0, seconds=2)
     assert metric(server, 'instantbooth_requests_ended_total{how="cancelled"') == cancelled + LONG["n"]
+
+
+def test_the_page_is_there_without_a_key(server: Server) -> None:
+    page = requests.get(f"{server.url}/", timeout=10)
+    assert page.headers["Content-Security-Policy"] == POLICY
+    for script in re.findall(r'(?:src|href)="(web/[^"]+)"', page.text):
+        assert requests.get(f"{server.url}/{script}", timeout=10).status_code == 200
 
 
 def test_too_many_are_refused_at_once(server: Server, concept: str) -> None:
