@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from instantbooth.config import GenerationDefaults, WeightsConfig
 from instantbooth.errors import ConceptError, ImageError, ParameterError, PromptError, WeightsError
-from instantbooth.images import check_image, check_mask, crop_subject, mask_background
+from instantbooth.images import check_image, check_mask, subject_square
 from instantbooth.model.adapter import KeysValues, attach
 from instantbooth.model.base import BaseModel, locate
 from instantbooth.model.conditioning import Concept, concept_keys_values, inject
@@ -238,9 +238,7 @@ class Personalizer:
             mask = image.getchannel("A")
         if mask is None and masked and self.segmenter is not None:
             mask = self.segmenter.masks([image.convert("RGB")], class_noun)[0]
-        if mask is None or not masked:
-            return _pad_to_square(image.convert("RGB"))
-        return mask_background(*crop_subject(image, mask))
+        return subject_square(image, mask if masked else None)
 
     def generate(
         self,
@@ -447,10 +445,3 @@ def _spread(name: str, value: object, prompts: Sequence[str]) -> list[object]:
     if len(value) != len(prompts):
         raise ParameterError(f"{name} has {len(value)} values for {len(prompts)} prompts; pass one, or one for each")
     return list(value)
-
-
-def _pad_to_square(image: Image.Image) -> Image.Image:
-    side = max(image.size)
-    square = Image.new("RGB", (side, side))
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square

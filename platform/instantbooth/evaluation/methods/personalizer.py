@@ -1,0 +1,47 @@
+"""The paper's own method, with the references as they are or their backgrounds masked out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from PIL import Image
+
+from instantbooth import Concept, Personalizer
+from instantbooth.errors import ParameterError
+from instantbooth.evaluation.methods.interface import Method, Reference, Sampling
+
+
+class InstantBooth(Method[Concept]):
+    """A subject is a concept: nothing is optimised for it."""
+
+    def __init__(self, booth: Personalizer, sampling: Sampling, *, masked: bool) -> None:
+        """`masked` is the paper's "InstantBooth + M": inputs masked at test time too, as in training."""
+        self.booth = booth
+        self.sampling = sampling
+        self.masked = masked
+
+    def fit(self, references: Sequence[Reference], class_noun: str) -> Concept:
+        """Encodes the references. ParameterError where masks are wanted and can neither be read nor found."""
+        images = [reference.image for reference in references]
+        if not self.masked:
+            return self.booth.encode(images, class_noun, masked=False)
+        masks = [reference.mask for reference in references if reference.mask is not None]
+        if len(masks) == len(images):
+            return self.booth.encode(images, class_noun, masks)
+        if self.booth.segmenter is None:
+            raise ParameterError(
+                f"{len(images) - len(masks)} of {len(images)} references have no mask, and there is no segmentation "
+                "model to find them; give masks, name a segmenter, or leave out instantbooth-masked"
+            )
+        return self.booth.encode(images, class_noun)
+
+    def generate(self, subject: Concept, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+        """Pictures with the weights' own α and β."""
+        return self.booth.generate(
+            list(prompts),
+            subject,
+            seed=list(seeds),
+            sampler=self.sampling.sampler,
+            num_inference_steps=self.sampling.num_inference_steps,
+            guidance_scale=self.sampling.guidance_scale,
+        )
