@@ -1,4 +1,4 @@
-"""Judges a model: `python -m jobs.evaluate miniature` prints the shipped miniature's figures beside its bars."""
+"""Judges models: `miniature` the shipped one beside its bars, `table1` all methods, `tune` finds their settings."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from instantbooth.miniature.corpus import render_corpus
 from instantbooth.miniature.judging import attribute_accuracy, verification_auc
 from instantbooth.presets import miniature_folder, miniature_preset
 from jobs import cli
+from jobs.evaluation.table1 import table1
+from jobs.evaluation.tune import tune
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,4 +83,4 @@ def grid(exam: Examination, images: list[Image.Image], *, subjects: int = 12, sc
 
 
 if __name__ == "__main__":
-    cli.commands({"miniature": miniature}, __doc__)
+    cli.commands({"miniature": miniature, "table1": table1, "tune": tune}, __doc__)

@@ -1,0 +1,175 @@
+"""Figures of what the methods made: judged picture by picture, then averaged over subjects, with intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import BaseImageProcessor, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+
+from instantbooth.errors import ParameterError, WeightsError
+from instantbooth.evaluation.cases import KINDS, RECONSTRUCTION, Case
+from instantbooth.evaluation.cells import Cell
+from instantbooth.evaluation.judges import AttributeJudge, IdentityJudge
+from instantbooth.evaluation.metrics import (
+    attributes_seen,
+    bootstrap_interval,
+    nearest_identity,
+    reconstruction,
+    text_alignment,
+)
+from instantbooth.model.loading import silent_loading
+
+COLUMNS: Mapping[str, str] = {
+    "alignment": "Alignment ↑",
+    "prompt_accuracy": "Prompt accuracy ↑",
+    "face_distance": "Face distance ↓",
+    "face_similarity": "Face similarity ↑",
+    "identification": "Identification ↑",
+    "reconstruction": "Reconstruction ↑",
+}
+"""Figures of pictures, and how tables head them."""
+TIMES: Mapping[str, str] = {
+    "seconds": "Seconds to one picture ↓",
+    "seconds_all": "Seconds for all pictures ↓",
+}
+"""Times of a subject, end to end."""
+
+
+class IdentityEmbedder(Protocol):
+    """Whatever tells identities apart: the miniature's judge, or a face embedder."""
+
+    def embed(self, images: Sequence[Image.Image]) -> Tensor:
+        """Embeddings [N, D] of unit length."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judges:
+    """Who judges; none of them has met the methods or the subjects."""
+
+    clip: CLIPModel
+    processor: BaseImageProcessor
+    tokenizer: CLIPTokenizer
+    identity: IdentityEmbedder
+    attributes: AttributeJudge | None
+    """None where nobody knows attributes: outside the miniature world."""
+
+    @classmethod
+    def load(cls, clip: Path, judges: Path) -> Judges:
+        """From a whole CLIP's folder, and one with attributes/ and identity/. WeightsError where they are missing."""
+        try:
+            with silent_loading():
+                model = CLIPModel.from_pretrained(clip).eval()
+            processor = CLIPImageProcessorPil.from_pretrained(clip)
+            tokenizer = CLIPTokenizer.from_pretrained(clip)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise WeightsError(f"{clip} holds no whole CLIP to judge by ({error}); name a CLIP folder") from error
+        return cls(
+            clip=model,
+            processor=processor,
+            tokenizer=tokenizer,
+            identity=IdentityJudge.load(judges / "identity"),
+            attributes=AttributeJudge.load(judges / "attributes"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Value:
+    """One figure of one picture, or of one subject."""
+
+    column: str
+    case: int
+    """The subject's place among the cases."""
+    kind: str
+    """Of the prompt; empty for what is a subject's."""
+    value: float
+
+
+class Gallery:
+    """Identities among which a generated picture must be recognised."""
+
+    def __init__(self, embedder: IdentityEmbedder, cases: Sequence[Case]) -> None:
+        """References of the cases to judge, which come first, and of others."""
+        self.embeddings = [embedder.embed([each.image for each in case.references]) for case in cases]
+
+
+def judge(judges: Judges, gallery: Gallery, cases: Sequence[Case], cells: Sequence[Cell]) -> list[Value]:
+    """All figures of one method. `cells` belong to the cases, which are the first of the gallery.
+
+    Reconstruction is judged on the pictures of the subject alone, everything else on those of the three kinds.
+    """
+    if len(cases) != len(cells) or len(cases) > len(gallery.embeddings):
+        raise ParameterError(
+            f"there are {len(cases)} cases, {len(cells)} cells and a gallery of {len(gallery.embeddings)}; pass a cell "
+            "for each case, and a gallery that holds all of them"
+        )
+    values = []
+    for number, (case, cell) in enumerate(zip(cases, cells, strict=True)):
+        values += _judge_prompts(judges, gallery, number, case, cell)
+        alone = [n for n, prompt in enumerate(case.prompts) if prompt.kind == RECONSTRUCTION]
+        if alone:
+            similar = reconstruction(
+                judges.clip,
+                judges.processor,
+                [cell.pictures[n] for n in alone],
+                [each.image for each in case.references],
+            )
+            values += [_value("reconstruction", number, RECONSTRUCTION, each) for each in similar.tolist()]
+        values.append(_value("seconds", number, "", cell.seconds.first_picture))
+        values.append(_value("seconds_all", number, "", cell.seconds.all_pictures))
+        values.append(_value("seconds_fit", number, "", cell.seconds.fit))
+    return values
+
+
+def table_row(values: Sequence[Value]) -> dict[str, Any]:
+    """Column → mean and 95 % interval over subjects; `by_kind` holds the means for each kind of prompt."""
+    row: dict[str, Any] = {}
+    for column in dict.fromkeys(each.column for each in values):
+        chosen = [each for each in values if each.column == column]
+        interval = bootstrap_interval([each.value for each in chosen], [each.case for each in chosen])
+        row[column] = asdict(interval)
+    row["by_kind"] = {
+        kind: {
+            column: sum(found) / len(found)
+            for column in COLUMNS
+            if (found := [each.value for each in values if each.kind == kind and each.column == column])
+        }
+        for kind in KINDS
+    }
+    return row
+
+
+def _judge_prompts(judges: Judges, gallery: Gallery, number: int, case: Case, cell: Cell) -> list[Value]:
+    chosen = [n for n, prompt in enumerate(case.prompts) if prompt.kind != RECONSTRUCTION]
+    pictures, kinds = [cell.pictures[n] for n in chosen], [case.prompts[n].kind for n in chosen]
+    if not pictures:
+        return []
+    embedded = judges.identity.embed(pictures)
+    own = gallery.embeddings[number]
+    texts = [case.plain_texts[n] for n in chosen]
+    columns = {
+        "alignment": text_alignment(judges.clip, judges.processor, judges.tokenizer, pictures, texts),
+        "face_distance": torch.cdist(embedded, own).mean(dim=1),
+        "face_similarity": (embedded @ own.T).mean(dim=1),
+        "identification": (nearest_identity(embedded, gallery.embeddings) == number).float(),
+    }
+    values = [
+        _value(column, number, kind, each)
+        for column, figures in columns.items()
+        for kind, each in zip(kinds, figures.tolist(), strict=True)
+    ]
+    if judges.attributes is not None:
+        seen = attributes_seen(judges.attributes, pictures, [case.prompts[n].wanted for n in chosen])
+        pairs = zip(kinds, seen, strict=True)
+        values += [_value("prompt_accuracy", number, kind, hit) for kind, hits in pairs for hit in hits]
+    return values
+
+
+def _value(column: str, case: int, kind: str, value: float) -> Value:
+    return Value(column=column, case=case, kind=kind, value=float(value))
