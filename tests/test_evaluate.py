@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
 from instantbooth.errors import InstantBoothError, ParameterError, WeightsError
+from instantbooth.evaluation.figures import Value
 from instantbooth.evaluation.methods.interface import Sampling
 from instantbooth.evaluation.methods.registry import METHODS, Settings
+from jobs.evaluation.frontier import Frontier, entrants_of, plot
 from jobs.evaluation.protocol import Protocol
+from jobs.evaluation.report import Report, best_of, ranked, report
 from jobs.evaluation.sweep import Entrant
 from jobs.evaluation.table1 import Table1, table1
 from jobs.evaluation.tune import Grid, Tune, candidates, score, tune
@@ -48,6 +51,13 @@ def test_a_table_is_made_once_and_resumed_cell_by_cell(ray_session: None, tmp_pa
         rows["dreambooth"]["seconds"]["mean"] / rows["instantbooth"]["seconds"]["mean"]
     )
     assert 0 <= rows["instantbooth"]["prompt_accuracy"]["low"] <= rows["instantbooth"]["prompt_accuracy"]["high"] <= 1
+
+    page_options = {each.name: getattr(options, each.name) for each in fields(options)}
+    report(Report(**page_options, shown=1))
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<img") == 2 * (2 + 5 * 2), "two subjects with two references, five prompts and two methods each"
+    assert "data:image/jpeg" in page
+    assert "http" not in page, "the page loads nothing"
 
     records = sorted((tmp_path / "cells").rglob("cell.json"))
     assert len(records) == 4
@@ -129,3 +139,36 @@ def test_a_trial_that_gives_up_one_figure_for_the_other_does_not_win() -> None:
         return {"prompt_accuracy": {"mean": accuracy}, "face_similarity": {"mean": similarity}}
 
     assert score(row(0.6, 0.6)) > score(row(1.0, 0.3)) > score(row(0.9, -0.2)) == 0
+
+
+def test_the_page_shows_the_best_the_middle_and_the_worst_subject_and_none_of_them_twice() -> None:
+    values = [Value(column="face_similarity", case=case, kind="style", value=case / 10) for case in range(7)]
+    assert [(word, case) for word, case, _ in ranked(values, 7, 2)] == [
+        ("best", 6),
+        ("best", 5),
+        ("middle", 3),
+        ("worst", 1),
+        ("worst", 0),
+    ]
+    assert [case for _, case, _ in ranked(values[:1], 1, 2)] == [0]
+    assert sorted(case for _, case, _ in ranked(values[:3], 3, 2)) == [0, 1, 2]
+
+
+def test_the_best_distance_is_the_lowest_and_the_best_of_the_rest_the_highest() -> None:
+    rows = {
+        "one": {"alignment": {"mean": 0.3}, "face_distance": {"mean": 0.9}},
+        "two": {"alignment": {"mean": 0.2}, "face_distance": {"mean": 0.5}},
+    }
+    assert best_of(rows) == {"alignment": "one", "face_distance": "two"}
+
+
+def test_the_frontier_varies_nothing_but_the_strengths(tmp_path: Path) -> None:
+    options = Frontier(output=str(tmp_path), adapter_scales=(0.5, 1.0), concept_scales=(0.4,), ip_adapter_scales=(0.6,))
+    series = entrants_of(options)
+    betas = [each.parts.settings.instantbooth_masked.adapter_scale for each in series["grid"]]
+    assert betas == [0.5, 1.0]
+    assert {each.parts.sampling for entrants in series.values() for each in entrants} == {options.parts.sampling}
+    assert [each.parts.settings.ip_adapter_plus.scale for each in series["ip-adapter-plus"]] == [0.6]
+    interval = {"mean": 0.5, "low": 0.4, "high": 0.6}
+    rows = {name: [{"title": name, "alignment": interval, "face_similarity": interval}] for name in series}
+    assert plot(rows, "InstantBooth + M").startswith(b"<?xml")

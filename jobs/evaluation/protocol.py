@@ -19,6 +19,9 @@ from instantbooth.evaluation.miniature_cases import draw_cases
 from instantbooth.model.weights import CONFIG_FILE
 from instantbooth.presets import ModelPreset, miniature_folder, miniature_preset
 
+GALLERY_REFERENCES = 5
+"""Pictures of each subject that a generated one is compared with."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
@@ -90,9 +93,10 @@ class Protocol:
         folder = self.models or miniature_folder()
         return Judges.load(folder / "clip", folder / "judges")
 
-    def galleries(self, judges: Judges) -> Gallery:
-        """The subjects and as many others as `gallery` says."""
-        return Gallery(judges.identity, self.cases(max(self.gallery, self.identities)))
+    def judged_against(self, judges: Judges) -> Gallery:
+        """The subjects and as many others as `gallery` says, whatever the methods are given of them."""
+        known = replace(self, references=GALLERY_REFERENCES)
+        return Gallery(judges.identity, known.cases(max(self.gallery, self.identities)))
 
 
 def _own_sampling(preset: ModelPreset) -> Sampling:

@@ -48,8 +48,7 @@ class Entrant:
             folders += [locate(each) for each in (models.weights, models.image_encoder, models.segmenter) if each]
         if isinstance(own, IPAdapterConfig):
             folders += [self.parts.ip_adapter / own.variant, locate(models.image_encoder)]
-        settings = None if own is None else asdict(own)  # type: ignore[call-overload]
-        named = [settings, asdict(self.parts.sampling), [folder_digest(folder) for folder in folders]]
+        named = [asdict(own), asdict(self.parts.sampling), [folder_digest(folder) for folder in folders]]
         return sha256(json.dumps(named).encode()).hexdigest()[:DIGEST_LENGTH]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from instantbooth.evaluation.figures import COLUMNS, TIMES, judge, table_row
+from instantbooth.evaluation.cells import Cell
+from instantbooth.evaluation.figures import COLUMNS, TIMES, Value, judge, table_row
 from instantbooth.evaluation.methods.registry import METHODS
 from instantbooth.storage import open_store
 from jobs import cli
@@ -31,41 +33,56 @@ class Table1(Protocol):
     methods: tuple[str, ...] = tuple(METHODS)
     """Rows of the table."""
 
+    @property
+    def entrants(self) -> list[Entrant]:
+        """The methods with the settings of all."""
+        return [Entrant(label=name, method=name, parts=self.parts) for name in self.methods]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """An entrant with what it made, and what the judges say of it."""
+
+    entrant: Entrant
+    cells: list[Cell]
+    values: list[Value]
+
 
 def table1(options: cli.Flat[Table1]) -> None:
     """Writes table1.json and prints the table; what an earlier run finished is not done again."""
     options.check(options.methods)
-    entrants = [Entrant(label=name, method=name, parts=options.parts) for name in options.methods]
-    rows = rows_of(options, entrants)
+    rows = rows_of(options, options.entrants)
     add_ratios(rows)
-    result = {
-        "made_by": {
-            "command": "python -m jobs.evaluate table1",
-            "machine": machine(),
-            "protocol": protocol_of(options),
-            "sampling": asdict(options.parts.sampling),
-        },
-        "rows": rows,
-    }
+    result = {"made_by": made_by(options, "table1"), "rows": rows}
     open_store(options.output).put(FILE, (json.dumps(result, indent=2) + "\n").encode())
     show(rows)
 
 
-def rows_of(protocol: Protocol, entrants: list[Entrant]) -> dict[str, dict[str, Any]]:
-    """Label → the entrant's figures, its title, settings and digest."""
+def rows_of(protocol: Protocol, entrants: Sequence[Entrant]) -> dict[str, dict[str, Any]]:
+    """Label → what `row_of` says."""
+    return {each.entrant.label: row_of(each) for each in judge_all(protocol, entrants)}
+
+
+def judge_all(protocol: Protocol, entrants: Sequence[Entrant]) -> list[Judged]:
+    """Makes what is missing, and judges it."""
     made = sweep(protocol, entrants)
     judges, cases = protocol.judges(), protocol.cases()
-    gallery = protocol.galleries(judges)
-    rows = {}
-    for each in entrants:
-        own = each.parts.settings.of(each.method)
-        rows[each.label] = {
-            "title": METHODS[each.method].title,
-            "settings": None if own is None else asdict(own),  # type: ignore[call-overload]
-            "digest": each.digest,
-            **table_row(judge(judges, gallery, cases, made[each.label])),
-        }
-    return rows
+    gallery = protocol.judged_against(judges)
+    return [
+        Judged(entrant=each, cells=made[each.label], values=judge(judges, gallery, cases, made[each.label]))
+        for each in entrants
+    ]
+
+
+def row_of(judged: Judged) -> dict[str, Any]:
+    """The entrant's title, settings and digest, and its figures with their intervals."""
+    entrant = judged.entrant
+    return {
+        "title": METHODS[entrant.method].title,
+        "settings": asdict(entrant.parts.settings.of(entrant.method)),
+        "digest": entrant.digest,
+        **table_row(judged.values),
+    }
 
 
 def add_ratios(rows: dict[str, dict[str, Any]]) -> None:
@@ -76,18 +93,18 @@ def add_ratios(rows: dict[str, dict[str, Any]]) -> None:
                 row[f"{column}_ratio"] = row[column]["mean"] / rows[REFERENCE][column]["mean"]
 
 
-def protocol_of(protocol: Protocol) -> dict[str, Any]:
-    """What was evaluated, for a table's record."""
+def made_by(protocol: Protocol, command: str) -> dict[str, Any]:
+    """A table's record: command, machine, what was evaluated, and how it was sampled."""
     names = ("split", "identities", "gallery", "references", "prompts_per_kind")
-    return {name: getattr(protocol, name) for name in names}
-
-
-def machine() -> dict[str, Any]:
-    """What the times were taken on."""
     return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU",
-        "cpus": os.cpu_count(),
-        "torch": torch.__version__,
+        "command": f"python -m jobs.evaluate {command}",
+        "machine": {
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+            "cpus": os.cpu_count(),
+            "torch": torch.__version__,
+        },
+        "protocol": {name: getattr(protocol, name) for name in names},
+        "sampling": asdict(protocol.parts.sampling),
     }
 
 

@@ -39,7 +39,7 @@ class Grid:
     def of(self, method: str) -> dict[str, tuple[float, ...]]:
         """Field of the method's settings → values to try. ParameterError for a method without any."""
         stem = method.replace("-", "_")
-        known = {each.name for each in fields(type(Settings().of(method)))} if Settings().of(method) else set()
+        known = [each.name for each in fields(Settings().of(method))]
         found = {name: getattr(self, f"{stem}_{name}") for name in known if hasattr(self, f"{stem}_{name}")}
         if not found:
             raise ParameterError(f"there is nothing to tune in {method!r}; name others by --methods")
@@ -87,7 +87,7 @@ def candidates(method: str, parts: Parts, grid: Grid) -> list[Entrant]:
     entrants = []
     for combination in itertools.product(*values.values()):
         changes = dict(zip(values, combination, strict=True))
-        settings = with_settings(parts.settings, method, replace(parts.settings.of(method), **changes))  # type: ignore[type-var]
+        settings = with_settings(parts.settings, method, replace(parts.settings.of(method), **changes))
         label = " ".join([method, *(f"{name}={value:g}" for name, value in changes.items())])
         entrants.append(Entrant(label=label, method=method, parts=replace(parts, settings=settings)))
     return entrants

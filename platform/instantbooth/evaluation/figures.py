@@ -124,6 +124,8 @@ def judge(judges: Judges, gallery: Gallery, cases: Sequence[Case], cells: Sequen
         values.append(_value("seconds", number, "", cell.seconds.first_picture))
         values.append(_value("seconds_all", number, "", cell.seconds.all_pictures))
         values.append(_value("seconds_fit", number, "", cell.seconds.fit))
+        sampled = cell.seconds.all_pictures - cell.seconds.fit
+        values.append(_value("seconds_picture", number, "", sampled / len(cell.pictures)))
     return values
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from PIL import Image
 
@@ -11,13 +12,26 @@ from instantbooth.errors import ParameterError
 from instantbooth.evaluation.methods.interface import Method, Reference, Sampling
 
 
+@dataclass(frozen=True, kw_only=True)
+class InstantBoothConfig:
+    """What trades identity against language; where nothing is said, as the weights have it."""
+
+    adapter_scale: float | None = None
+    """β, strength of the patch features."""
+    concept_scale: float | None = None
+    """α, factor on the concept embedding."""
+
+
 class InstantBooth(Method[Concept]):
     """A subject is a concept: nothing is optimised for it."""
 
-    def __init__(self, booth: Personalizer, sampling: Sampling, *, masked: bool) -> None:
+    def __init__(
+        self, booth: Personalizer, sampling: Sampling, config: InstantBoothConfig | None = None, *, masked: bool
+    ) -> None:
         """`masked` is the paper's "InstantBooth + M": inputs masked at test time too, as in training."""
         self.booth = booth
         self.sampling = sampling
+        self.config = config or InstantBoothConfig()
         self.masked = masked
 
     def fit(self, references: Sequence[Reference], class_noun: str) -> Concept:
@@ -36,11 +50,13 @@ class InstantBooth(Method[Concept]):
         return self.booth.encode(images, class_noun)
 
     def generate(self, subject: Concept, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
-        """Pictures with the weights' own α and β."""
+        """Pictures of prompts in which the concept stands for the subject."""
         return self.booth.generate(
             list(prompts),
             subject,
             seed=list(seeds),
+            adapter_scale=self.config.adapter_scale,
+            concept_scale=self.config.concept_scale,
             sampler=self.sampling.sampler,
             num_inference_steps=self.sampling.num_inference_steps,
             guidance_scale=self.sampling.guidance_scale,

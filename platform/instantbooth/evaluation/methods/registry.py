@@ -16,7 +16,7 @@ from instantbooth.evaluation.ip_adapter import weights
 from instantbooth.evaluation.methods.dreambooth import DreamBooth, DreamBoothConfig
 from instantbooth.evaluation.methods.interface import Method, Sampling
 from instantbooth.evaluation.methods.ip_adapter import IPAdapter, IPAdapterConfig
-from instantbooth.evaluation.methods.personalizer import InstantBooth
+from instantbooth.evaluation.methods.personalizer import InstantBooth, InstantBoothConfig
 from instantbooth.evaluation.methods.textual_inversion import TextualInversion, TextualInversionConfig
 from instantbooth.model.base import BaseModel, locate
 from instantbooth.presets import ModelPreset
@@ -24,17 +24,19 @@ from instantbooth.presets import ModelPreset
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Hyperparameters of the methods that have any; the defaults were chosen on the miniature's validation split."""
+    """Hyperparameters of the methods; the defaults were chosen on the miniature's validation split."""
 
     textual_inversion: TextualInversionConfig = TextualInversionConfig()
     dreambooth: DreamBoothConfig = DreamBoothConfig()
     dreambooth_lora: DreamBoothConfig = DreamBoothConfig(lora_rank=8, learning_rate=1e-3)
     ip_adapter: IPAdapterConfig = IPAdapterConfig(variant="global")
     ip_adapter_plus: IPAdapterConfig = IPAdapterConfig(variant="plus")
+    instantbooth: InstantBoothConfig = InstantBoothConfig()
+    instantbooth_masked: InstantBoothConfig = InstantBoothConfig()
 
-    def of(self, method: str) -> object:
-        """One method's; None for a method without any."""
-        return getattr(self, method.replace("-", "_"), None)
+    def of(self, method: str) -> Any:
+        """One method's."""
+        return getattr(self, method.replace("-", "_"))
 
     def to_json(self) -> str:
         """What `from_json` reads."""
@@ -139,11 +141,13 @@ METHODS: Mapping[str, Entry] = {
     ),
     "instantbooth": Entry(
         title="InstantBooth",
-        build=lambda parts: InstantBooth(_booth(parts), parts.sampling, masked=False),
+        build=lambda parts: InstantBooth(_booth(parts), parts.sampling, parts.settings.instantbooth, masked=False),
     ),
     "instantbooth-masked": Entry(
         title="InstantBooth + M",
-        build=lambda parts: InstantBooth(_booth(parts), parts.sampling, masked=True),
+        build=lambda parts: InstantBooth(
+            _booth(parts), parts.sampling, parts.settings.instantbooth_masked, masked=True
+        ),
     ),
 }
 """In the order of the paper's Table 1."""

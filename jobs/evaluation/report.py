@@ -1,0 +1,129 @@
+"""The evaluation as a page: table, frontier, and the methods' pictures side by side, chosen by rule."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from instantbooth.errors import ParameterError
+from instantbooth.evaluation.cases import Case
+from instantbooth.evaluation.figures import COLUMNS, TIMES, Value
+from instantbooth.prompts import SUBJECT_FIELD
+from instantbooth.storage import open_store
+from instantbooth.tracking import open_run
+from jobs import cli
+from jobs.evaluation.frontier import PLOT
+from jobs.evaluation.table1 import FILE as TABLE
+from jobs.evaluation.table1 import REFERENCE, Judged, Table1, add_ratios, judge_all, made_by, row_of
+from pipelines.page import render, thumbnail_uri
+
+PAGE = "report.html"
+RANKED_BY = "face_similarity"
+THUMBNAIL = 96
+LOWER_IS_BETTER = ("face_distance",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(Table1):
+    """The table's own options, so that its cells are found again."""
+
+    shown: int = 2
+    """Best, and as many worst, subjects whose pictures are shown, beside the middle one."""
+    tracking_uri: str | None = None
+    """MLflow, such as sqlite:///mlflow.db: figures and page go to a run; nowhere if not given."""
+
+
+def report(options: cli.Flat[Report]) -> None:
+    """Writes report.html, from the cells of table1 and the plot of frontier, where that has been made."""
+    options.check(options.methods)
+    judged = judge_all(options, options.entrants)
+    rows = {each.entrant.label: row_of(each) for each in judged}
+    add_ratios(rows)
+    store = open_store(options.output)
+    made = made_by(options, "report")
+    page = render(
+        "evaluation.html.j2",
+        rows=rows,
+        columns=COLUMNS,
+        times=TIMES,
+        best=best_of(rows),
+        made_by=made,
+        plot=store.get(PLOT).decode() if store.exists(PLOT) else None,
+        ranked_by=rows[ranking_method(options.methods)]["title"],
+        cases=_shown(options, judged),
+        settings=json.dumps({name: [row["settings"], row["digest"]] for name, row in rows.items()}, indent=2),
+    )
+    store.put(PAGE, page.encode())
+    store.put(TABLE, (json.dumps({"made_by": made, "rows": rows}, indent=2) + "\n").encode())
+    if options.tracking_uri is not None:
+        _track(options, rows, page)
+    print(store.uri(PAGE))
+
+
+def best_of(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Column → the label with the best mean."""
+    best = {}
+    for column in COLUMNS:
+        means = {label: row[column]["mean"] for label, row in rows.items() if column in row}
+        if means:
+            best[column] = (min if column in LOWER_IS_BETTER else max)(means, key=lambda label: means[label])
+    return best
+
+
+def ranking_method(methods: Sequence[str]) -> str:
+    """The method whose figures order the subjects."""
+    return REFERENCE if REFERENCE in methods else methods[-1]
+
+
+def ranked(values: Sequence[Value], cases: int, shown: int) -> list[tuple[str, int, float]]:
+    """(rank in words, case, score) of the best, middle and worst subjects. ParameterError where none has a score."""
+    scores: dict[int, list[float]] = {}
+    for each in values:
+        if each.column == RANKED_BY:
+            scores.setdefault(each.case, []).append(each.value)
+    if not scores:
+        raise ParameterError(f"no picture has a {RANKED_BY}, so subjects have no order")
+    means = {case: sum(found) / len(found) for case, found in scores.items()}
+    order = sorted(means, key=lambda case: -means[case])
+    top, bottom = order[:shown], order[shown:][-shown:] if shown else []
+    middle = [case for case in order[cases // 2 : cases // 2 + 1] if case not in {*top, *bottom}]
+    named = [("best", top), ("middle", middle), ("worst", bottom)]
+    return [(word, case, means[case]) for word, chosen in named for case in chosen]
+
+
+def _shown(options: Report, judged: Sequence[Judged]) -> list[dict[str, Any]]:
+    ranking = next(each for each in judged if each.entrant.label == ranking_method(options.methods))
+    cases = options.cases()
+    places = ranked(ranking.values, len(cases), options.shown)
+    return [
+        _case(word, cases[number], score, [each.cells[number].pictures for each in judged])
+        for word, number, score in places
+    ]
+
+
+def _case(word: str, case: Case, score: float, pictures: Sequence[Sequence[Any]]) -> dict[str, Any]:
+    lines = [
+        {
+            "prompt": prompt.text.replace(SUBJECT_FIELD, f"… {case.class_noun}"),
+            "images": [thumbnail_uri(own[n], THUMBNAIL) for own in pictures],
+        }
+        for n, prompt in enumerate(case.prompts)
+    ]
+    references = [thumbnail_uri(each.image, THUMBNAIL) for each in case.references]
+    return {"rank": word, "name": case.name, "score": score, "references": references, "lines": lines}
+
+
+def _track(options: Report, rows: Mapping[str, Mapping[str, Any]], page: str) -> None:
+    """One run for the output: every mean and bound as a metric, the page as an artifact."""
+    run = open_run(str(options.tracking_uri), options.output)
+    figures = {
+        f"{label}.{column}.{bound}": value
+        for label, row in rows.items()
+        for column in (*COLUMNS, *TIMES)
+        for bound, value in row.get(column, {}).items()
+    }
+    run.log_steps({0: figures})
+    run.keep({PAGE: page.encode()})
+    run.end("FINISHED")
