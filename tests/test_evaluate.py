@@ -10,12 +10,11 @@ from pathlib import Path
 import pytest
 
 from instantbooth.errors import InstantBoothError, ParameterError, WeightsError
-from instantbooth.evaluation.figures import Value
 from instantbooth.evaluation.methods.interface import Sampling
 from instantbooth.evaluation.methods.registry import METHODS, Settings
 from jobs.evaluation.frontier import Frontier, entrants_of, plot
 from jobs.evaluation.protocol import Protocol
-from jobs.evaluation.report import Report, best_of, ranked, report
+from jobs.evaluation.report import Report, best_of, chosen, report
 from jobs.evaluation.sweep import Entrant
 from jobs.evaluation.table1 import Table1, table1
 from jobs.evaluation.tune import Grid, Tune, candidates, score, tune
@@ -50,6 +49,9 @@ def test_a_table_is_made_once_and_resumed_cell_by_cell(ray_session: None, tmp_pa
     assert rows["dreambooth"]["seconds_ratio"] == pytest.approx(
         rows["dreambooth"]["seconds"]["mean"] / rows["instantbooth"]["seconds"]["mean"]
     )
+    assert rows["instantbooth"]["instantbooth_more"]["alignment"] == {"mean": 0, "low": 0, "high": 0}
+    more = rows["dreambooth"]["instantbooth_more"]["alignment"]["mean"]
+    assert more == pytest.approx(rows["instantbooth"]["alignment"]["mean"] - rows["dreambooth"]["alignment"]["mean"])
     assert 0 <= rows["instantbooth"]["prompt_accuracy"]["low"] <= rows["instantbooth"]["prompt_accuracy"]["high"] <= 1
 
     page_options = {each.name: getattr(options, each.name) for each in fields(options)}
@@ -142,16 +144,17 @@ def test_a_trial_that_gives_up_one_figure_for_the_other_does_not_win() -> None:
 
 
 def test_the_page_shows_the_best_the_middle_and_the_worst_subject_and_none_of_them_twice() -> None:
-    values = [Value(column="face_similarity", case=case, kind="style", value=case / 10) for case in range(7)]
-    assert [(word, case) for word, case, _ in ranked(values, 7, 2)] == [
-        ("best", 6),
-        ("best", 5),
-        ("middle", 3),
-        ("worst", 1),
-        ("worst", 0),
+    order = [(case, case / 10) for case in reversed(range(7))]
+    assert chosen(order, 2) == [
+        ("best", 6, 0.6),
+        ("best", 5, 0.5),
+        ("middle", 3, 0.3),
+        ("worst", 1, 0.1),
+        ("worst", 0, 0),
     ]
-    assert [case for _, case, _ in ranked(values[:1], 1, 2)] == [0]
-    assert sorted(case for _, case, _ in ranked(values[:3], 3, 2)) == [0, 1, 2]
+    assert chosen(order, 0) == [("middle", 3, 0.3)]
+    for count in range(1, 7):
+        assert len({case for _, case, _ in chosen(order[:count], 2)}) == min(count, 5)
 
 
 def test_the_best_distance_is_the_lowest_and_the_best_of_the_rest_the_highest() -> None:

@@ -7,8 +7,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from instantbooth.config import GenerationDefaults, WeightsConfig
 from instantbooth.errors import ParameterError
 from instantbooth.evaluation.cases import Case
@@ -52,7 +50,7 @@ class Protocol:
     cpus: float = 2.0
     """Ray's logical CPUs that a subject takes: of a laptop's four, for two processes at a time."""
     gpus: float = 0.0
-    """GPUs that a subject takes."""
+    """GPUs that a subject takes; without any it is worked on by a CPU."""
 
     @cached_property
     def preset(self) -> ModelPreset:
@@ -68,7 +66,7 @@ class Protocol:
             ip_adapter=self.ip_adapter.absolute(),
             sampling=self.sampling or _own_sampling(self.preset),
             settings=_read_settings(self.settings),
-            device="cuda" if self.gpus or torch.cuda.is_available() else "cpu",
+            device="cuda" if self.gpus else "cpu",
         )
 
     def check(self, methods: tuple[str, ...]) -> None:

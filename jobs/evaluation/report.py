@@ -7,16 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from instantbooth.errors import ParameterError
 from instantbooth.evaluation.cases import Case
-from instantbooth.evaluation.figures import COLUMNS, TIMES, Value
+from instantbooth.evaluation.figures import COLUMNS, TIMES, ranked
 from instantbooth.prompts import SUBJECT_FIELD
 from instantbooth.storage import open_store
 from instantbooth.tracking import open_run
 from jobs import cli
 from jobs.evaluation.frontier import PLOT
 from jobs.evaluation.table1 import FILE as TABLE
-from jobs.evaluation.table1 import REFERENCE, Judged, Table1, add_ratios, judge_all, made_by, row_of
+from jobs.evaluation.table1 import REFERENCE, REPORTED, Judged, Table1, judge_all, made_by, table_rows
 from pipelines.page import render, thumbnail_uri
 
 PAGE = "report.html"
@@ -39,14 +38,14 @@ def report(options: cli.Flat[Report]) -> None:
     """Writes report.html, from the cells of table1 and the plot of frontier, where that has been made."""
     options.check(options.methods)
     judged = judge_all(options, options.entrants)
-    rows = {each.entrant.label: row_of(each) for each in judged}
-    add_ratios(rows)
+    rows = table_rows(judged)
     store = open_store(options.output)
     made = made_by(options, "report")
     page = render(
         "evaluation.html.j2",
         rows=rows,
         columns=COLUMNS,
+        reported=REPORTED,
         times=TIMES,
         best=best_of(rows),
         made_by=made,
@@ -77,26 +76,18 @@ def ranking_method(methods: Sequence[str]) -> str:
     return REFERENCE if REFERENCE in methods else methods[-1]
 
 
-def ranked(values: Sequence[Value], cases: int, shown: int) -> list[tuple[str, int, float]]:
-    """(rank in words, case, score) of the best, middle and worst subjects. ParameterError where none has a score."""
-    scores: dict[int, list[float]] = {}
-    for each in values:
-        if each.column == RANKED_BY:
-            scores.setdefault(each.case, []).append(each.value)
-    if not scores:
-        raise ParameterError(f"no picture has a {RANKED_BY}, so subjects have no order")
-    means = {case: sum(found) / len(found) for case, found in scores.items()}
-    order = sorted(means, key=lambda case: -means[case])
-    top, bottom = order[:shown], order[shown:][-shown:] if shown else []
-    middle = [case for case in order[cases // 2 : cases // 2 + 1] if case not in {*top, *bottom}]
-    named = [("best", top), ("middle", middle), ("worst", bottom)]
-    return [(word, case, means[case]) for word, chosen in named for case in chosen]
+def chosen(order: Sequence[tuple[int, float]], shown: int) -> list[tuple[str, int, float]]:
+    """(rank in words, subject, score) of the first, the middle and the last of an order, nobody twice."""
+    top, rest = order[:shown], order[shown:]
+    bottom = rest[max(0, len(rest) - shown) :]
+    middle = [each for each in order[len(order) // 2 :][:1] if each not in (*top, *bottom)]
+    return [(word, *each) for word, found in (("best", top), ("middle", middle), ("worst", bottom)) for each in found]
 
 
 def _shown(options: Report, judged: Sequence[Judged]) -> list[dict[str, Any]]:
     ranking = next(each for each in judged if each.entrant.label == ranking_method(options.methods))
     cases = options.cases()
-    places = ranked(ranking.values, len(cases), options.shown)
+    places = chosen(ranked(ranking.values, RANKED_BY), options.shown)
     return [
         _case(word, cases[number], score, [each.cells[number].pictures for each in judged])
         for word, number, score in places

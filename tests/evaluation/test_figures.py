@@ -11,7 +11,7 @@ from PIL import Image
 from instantbooth.errors import ParameterError, WeightsError
 from instantbooth.evaluation.cases import RECONSTRUCTION, Case
 from instantbooth.evaluation.cells import Cell, Seconds
-from instantbooth.evaluation.figures import COLUMNS, Gallery, Judges, judge, table_row
+from instantbooth.evaluation.figures import COLUMNS, Gallery, Judges, Value, difference, judge, ranked, table_row
 from instantbooth.evaluation.miniature_cases import draw_cases
 from instantbooth.miniature.corpus import identity_of, subject_seed
 from instantbooth.miniature.world import Scene, render
@@ -80,3 +80,16 @@ def test_figures_need_a_gallery_and_judges(judges: Judges, cases: list[Case], tm
         Judges.load(tmp_path, miniature_folder() / "judges")
     with pytest.raises(WeightsError, match="holds no IdentityJudge"):
         Judges.load(miniature_folder() / "clip", tmp_path)
+
+
+def test_a_difference_is_taken_subject_by_subject() -> None:
+    def values(shift: float, cases: int = 30) -> list[Value]:
+        # Subjects differ far more than methods do.
+        return [Value(column="alignment", case=n, kind="style", value=n + shift + 0.01 * (n % 3)) for n in range(cases)]
+
+    found = difference(values(0.1), values(0.0))["alignment"]
+    assert found["mean"] == pytest.approx(0.1)
+    assert 0.09 < found["low"] <= found["high"] < 0.11
+    assert [case for case, _ in ranked(values(0.0, 4), "alignment")] == [3, 2, 1, 0]
+    with pytest.raises(ParameterError, match="judge the same"):
+        difference(values(0.1), values(0.0, cases=2))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +21,15 @@ from instantbooth.evaluation.ip_adapter.training import IPAdapterObjective
 from instantbooth.evaluation.methods.interface import Reference, Sampling
 from instantbooth.evaluation.methods.ip_adapter import IPAdapter, IPAdapterConfig
 from instantbooth.images import subject_square
+from instantbooth.miniature.corpus import Corpus, identity_of, subject_seed
+from instantbooth.miniature.ip_adapter import train_ip_adapter
+from instantbooth.miniature.pairs import Pairs
+from instantbooth.miniature.world import Scene, render
 from instantbooth.model.base import BaseModel
 from instantbooth.model.denoise import unit_noise
 from instantbooth.model.encoders import ImageEncoder
+from instantbooth.model.weights import tensors_digest
+from instantbooth.presets import miniature_folder
 from instantbooth.prompts import tokenize
 from instantbooth.training.adapters import AdapterTrainingConfig
 from tests.tiny import portrait
@@ -126,3 +136,43 @@ def test_wrong_files_are_refused(tiny: Path, tmp_path: Path) -> None:
     encoder = ImageEncoder(tiny / "clip", patch_layer=weights.PLUS_LAYER, device=CPU, dtype=torch.float32)
     with pytest.raises(WeightsError, match=r"Did you mean 'plus'"):
         weights.new_state(base.unet, encoder, "pluss")
+
+
+@pytest.fixture
+def elsewhere() -> Iterator[ProcessPoolExecutor]:
+    """A process without Ray, whose threads do not survive the fork that several training processes come from."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        yield pool
+
+
+def train_miniature(folder: Path) -> tuple[int, str]:
+    """Two rounds of two steps on four rendered pictures: how many losses there are, and what was learned."""
+    seeds = [subject_seed("validation", number) for number in range(4)]
+    pictures = [render(identity_of(seed), Scene()) for seed in seeds]
+    corpus = Corpus(
+        images=np.stack([np.asarray(each.image) for each in pictures]),
+        masks=np.stack([np.asarray(each.mask) for each in pictures]),
+        identities=np.array(seeds),
+        labels=np.zeros((4, 1), np.int64),
+        captions=["a photo of a cat"] * 4,
+        nouns=["cat"] * 4,
+        descriptions=[""] * 4,
+    )
+    models = miniature_folder()
+    base = BaseModel.load(str(models / "base"), device=CPU, dtype=torch.float32)
+    encoder = ImageEncoder(models / "clip", patch_layer=weights.PLUS_LAYER, device=CPU, dtype=torch.float32)
+    pairs = Pairs(corpus, torch.randn(4, 8, 16, 16, generator=torch.Generator().manual_seed(0)))
+    rounds = [AdapterTrainingConfig(steps=2, batch_size=2, seed=seed) for seed in range(2)]
+    trained, losses = train_ip_adapter("global", base, encoder, pairs, rounds, folder=folder)
+    return len(losses), tensors_digest(trained.state()["ip_adapter"])
+
+
+def test_a_training_that_is_started_again_ends_with_the_same_weights(
+    tmp_path: Path, elsewhere: ProcessPoolExecutor
+) -> None:
+    in_peace = elsewhere.submit(train_miniature, tmp_path / "in peace").result()
+    assert in_peace[0] == 4
+    folder = tmp_path / "again"
+    shutil.copytree(tmp_path / "in peace", folder)
+    (folder / "ip-adapter-global-2.pt").unlink()
+    assert elsewhere.submit(train_miniature, folder).result() == in_peace
