@@ -9,16 +9,67 @@ from typing import Literal
 
 from instantbooth.config import GenerationDefaults, WeightsConfig
 from instantbooth.errors import ParameterError
-from instantbooth.evaluation.cases import Case
+from instantbooth.evaluation.cases import Case, check_count
+from instantbooth.evaluation.embedders import FaceEmbedder, VisionTransformer
 from instantbooth.evaluation.figures import Gallery, Judges
+from instantbooth.evaluation.judges import AttributeJudge, IdentityJudge
 from instantbooth.evaluation.methods.interface import Sampling
-from instantbooth.evaluation.methods.registry import METHODS, Parts, Settings, check_methods
+from instantbooth.evaluation.methods.registry import METHODS, STABLE_DIFFUSION, Parts, Settings, check_methods
 from instantbooth.evaluation.miniature_cases import draw_cases
+from instantbooth.evaluation.photographs import Dataset, read_dreambench, read_identities
+from instantbooth.model.base import locate
 from instantbooth.model.weights import CONFIG_FILE
 from instantbooth.presets import ModelPreset, miniature_folder, miniature_preset
+from jobs import cli
 
 GALLERY_REFERENCES = 5
 """Pictures of each subject that a generated one is compared with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Photographs:
+    """A data set of real photographs, the model to picture its subjects with, and who judges."""
+
+    data: Path | None = None
+    """Folder of the data set; without one the miniature world is evaluated."""
+    base: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    """Stable Diffusion 1.x: a folder or a hub name."""
+    clip: str = "openai/clip-vit-large-patch14"
+    """Whole CLIP, folder or hub name: image encoder of the methods, and judge of alignment."""
+    face: Path | None = None
+    """TorchScript file that embeds faces, or whatever else tells the subjects apart."""
+    face_size: int = 160
+    """Side of the pictures that it reads, in pixels."""
+    layout: Literal["identities", "dreambench"] = "identities"
+    """A folder for each identity, as PPR10K's, or DreamBench with its own prompts."""
+    class_noun: str = "person"
+    """What the identities are; DreamBench says it itself."""
+    masks: Path | None = None
+    """Masks of the identities' pictures, laid out as they are."""
+    segmenter: str | None = None
+    """Model that finds masks where none are given."""
+    dino: str | None = None
+    """ViT for DreamBench's DINO figure; without it there is none."""
+    pictures_per_prompt: int = 4
+    """Of DreamBench's prompts."""
+
+    def read(self, references: int) -> Dataset:
+        """The data set's cases, and what of it is left out. Raises ParameterError and ImageError."""
+        check_count("references", references, 1)
+        assert self.data is not None
+        if self.layout == "dreambench":
+            return read_dreambench(self.data, references=references, pictures_per_prompt=self.pictures_per_prompt)
+        return read_identities(self.data, class_noun=self.class_noun, references=references, masks=self.masks)
+
+    def judges(self) -> Judges:
+        """Who judges them. Raises ParameterError and WeightsError."""
+        if self.face is None:
+            raise ParameterError(
+                "photographs need somebody who tells their subjects apart; pass --face, a TorchScript file"
+            )
+        face = FaceEmbedder(self.face, size=self.face_size)
+        dino = None if self.dino is None else VisionTransformer(locate(self.dino))
+        return Judges.load(locate(self.clip), face, dino=dino)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +80,14 @@ class Protocol:
     """Folder, or s3://bucket/prefix, for cells and tables; where several machines work it must be seen by all."""
     models: Path | None = None
     """A miniature built elsewhere (its base/, clip/, adapters/, judges/ …); the shipped one if not given."""
+    photographs: cli.Flat[Photographs] = Photographs()
+    """Real photographs, and Stable Diffusion, in the miniature's place."""
     weights: Path | None = None
     """Other trained weights of InstantBooth."""
     ip_adapter: Path = Path("out/ip_adapter")
     """Where `jobs.train_ip_adapter` left IP-Adapter's weights."""
     settings: Path | None = None
-    """Hyperparameters of the methods, as `tune` writes them; those chosen for the miniature if not given."""
+    """Hyperparameters of the methods, as `tune` writes them; else the miniature's, or those usual for photographs."""
     split: Literal["test", "validation"] = "test"
     """Which held-out identities; hyperparameters are chosen on validation."""
     identities: int = 20
@@ -52,10 +105,20 @@ class Protocol:
     gpus: float = 0.0
     """GPUs that a subject takes; without any it is worked on by a CPU."""
 
+    @property
+    def real(self) -> bool:
+        """Whether photographs are evaluated."""
+        return self.photographs.data is not None
+
     @cached_property
     def preset(self) -> ModelPreset:
         """The models."""
-        chosen = miniature_preset(self.models or miniature_folder())
+        if self.real:
+            chosen = ModelPreset(
+                base=self.photographs.base, image_encoder=self.photographs.clip, segmenter=self.photographs.segmenter
+            )
+        else:
+            chosen = miniature_preset(self.models or miniature_folder())
         return chosen if self.weights is None else replace(chosen, weights=str(self.weights))
 
     @cached_property
@@ -65,7 +128,7 @@ class Protocol:
             models=self.preset,
             ip_adapter=self.ip_adapter.absolute(),
             sampling=self.sampling or _own_sampling(self.preset),
-            settings=_read_settings(self.settings),
+            settings=_read_settings(self.settings, STABLE_DIFFUSION if self.real else Settings()),
             device="cuda" if self.gpus else "cpu",
         )
 
@@ -78,22 +141,27 @@ class Protocol:
         self.cases()
 
     def cases(self, count: int | None = None) -> list[Case]:
-        """The subjects, in their order."""
-        return draw_cases(
-            self.split,
-            count or self.identities,
-            references=self.references,
-            prompts_per_kind=self.prompts_per_kind,
-        )
+        """The subjects, in their order; of photographs all that there are, if they are fewer than wanted."""
+        wanted = count or self.identities
+        if self.real:
+            return self.photographs.read(self.references).cases[:wanted]
+        return draw_cases(self.split, wanted, references=self.references, prompts_per_kind=self.prompts_per_kind)
 
     def judges(self) -> Judges:
-        """The miniature's own."""
+        """The miniature's own, or those named for photographs. Raises WeightsError."""
+        if self.real:
+            return self.photographs.judges()
         folder = self.models or miniature_folder()
-        return Judges.load(folder / "clip", folder / "judges")
+        return Judges.load(
+            folder / "clip",
+            IdentityJudge.load(folder / "judges" / "identity"),
+            attributes=AttributeJudge.load(folder / "judges" / "attributes"),
+        )
 
     def judged_against(self, judges: Judges) -> Gallery:
         """The subjects and as many others as `gallery` says, whatever the methods are given of them."""
-        known = replace(self, references=GALLERY_REFERENCES)
+        references = self.references if self.real else GALLERY_REFERENCES
+        known = replace(self, references=references)
         return Gallery(judges.identity, known.cases(max(self.gallery, self.identities)))
 
 
@@ -109,10 +177,10 @@ def _own_sampling(preset: ModelPreset) -> Sampling:
     )
 
 
-def _read_settings(path: Path | None) -> Settings:
+def _read_settings(path: Path | None, defaults: Settings) -> Settings:
     if path is None:
-        return Settings()
+        return defaults
     try:
-        return Settings.from_json(path.read_text(), name=str(path))
+        return Settings.from_json(path.read_text(), defaults, name=str(path))
     except OSError as error:
         raise ParameterError(f"{path} cannot be read ({error}); name a file that `jobs.evaluate tune` wrote") from error

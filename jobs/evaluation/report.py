@@ -40,14 +40,14 @@ def report(options: cli.Flat[Report]) -> None:
     judged = judge_all(options, options.entrants)
     rows = table_rows(judged)
     store = open_store(options.output)
-    made = made_by(options, "report")
+    made, best = made_by(options, "report"), best_of(rows)
     page = render(
         "evaluation.html.j2",
         rows=rows,
-        columns=COLUMNS,
+        columns={column: title for column, title in COLUMNS.items() if column in best},
         reported=REPORTED,
         times=TIMES,
-        best=best_of(rows),
+        best=best,
         made_by=made,
         plot=store.get(PLOT).decode() if store.exists(PLOT) else None,
         ranked_by=rows[ranking_method(options.methods)]["title"],

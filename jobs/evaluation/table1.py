@@ -147,17 +147,16 @@ def made_by(protocol: Protocol, command: str) -> dict[str, Any]:
 
 def show(rows: dict[str, dict[str, Any]]) -> None:
     """Prints the table: means, with half the width of their intervals."""
-    table = Table("method", *COLUMNS.values(), *TIMES.values())
+    columns = [column for column in COLUMNS if any(column in row for row in rows.values())]
+    table = Table("method", *(COLUMNS[column] for column in columns), *TIMES.values())
     for row in rows.values():
-        figures = [_figure(row.get(column)) for column in COLUMNS]
+        figures = [_figure(row[column]) for column in columns]
         times = [_time(row, column) for column in TIMES]
         table.add_row(row["title"], *figures, *times)
     Console().print(table)
 
 
-def _figure(interval: dict[str, float] | None) -> str:
-    if interval is None:
-        return "–"
+def _figure(interval: dict[str, float]) -> str:
     return f"{interval['mean']:.3f} ± {(interval['high'] - interval['low']) / 2:.3f}"
 
 

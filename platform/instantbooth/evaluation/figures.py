@@ -15,7 +15,7 @@ from transformers import BaseImageProcessor, CLIPImageProcessorPil, CLIPModel, C
 from instantbooth.errors import ParameterError, WeightsError
 from instantbooth.evaluation.cases import KINDS, RECONSTRUCTION, Case
 from instantbooth.evaluation.cells import Cell
-from instantbooth.evaluation.judges import AttributeJudge, IdentityJudge
+from instantbooth.evaluation.judges import AttributeJudge
 from instantbooth.evaluation.metrics import (
     attributes_seen,
     bootstrap_interval,
@@ -32,8 +32,10 @@ COLUMNS: Mapping[str, str] = {
     "face_similarity": "Face similarity ↑",
     "identification": "Identification ↑",
     "reconstruction": "Reconstruction ↑",
+    "clip_i": "CLIP-I ↑",
+    "dino": "DINO ↑",
 }
-"""Figures of pictures, and how tables head them."""
+"""Figures of pictures, and how tables head them. Alignment is what DreamBench calls CLIP-T."""
 TIMES: Mapping[str, str] = {
     "seconds": "Seconds to one picture ↓",
     "seconds_all": "Seconds for all pictures ↓",
@@ -41,8 +43,8 @@ TIMES: Mapping[str, str] = {
 """Times of a subject, end to end."""
 
 
-class IdentityEmbedder(Protocol):
-    """Whatever tells identities apart: the miniature's judge, or a face embedder."""
+class Embedder(Protocol):
+    """Whatever tells subjects apart: the miniature's judge, a face embedder, or DINO."""
 
     def embed(self, images: Sequence[Image.Image]) -> Tensor:
         """Embeddings [N, D] of unit length."""
@@ -56,13 +58,22 @@ class Judges:
     clip: CLIPModel
     processor: BaseImageProcessor
     tokenizer: CLIPTokenizer
-    identity: IdentityEmbedder
-    attributes: AttributeJudge | None
+    identity: Embedder
+    attributes: AttributeJudge | None = None
     """None where nobody knows attributes: outside the miniature world."""
+    dino: Embedder | None = None
+    """For DreamBench's figure of that name."""
 
     @classmethod
-    def load(cls, clip: Path, judges: Path) -> Judges:
-        """From a whole CLIP's folder, and one with attributes/ and identity/. WeightsError where they are missing."""
+    def load(
+        cls,
+        clip: Path,
+        identity: Embedder,
+        *,
+        attributes: AttributeJudge | None = None,
+        dino: Embedder | None = None,
+    ) -> Judges:
+        """The others, and a whole CLIP from its folder. WeightsError where that is none."""
         try:
             with silent_loading():
                 model = CLIPModel.from_pretrained(clip).eval()
@@ -74,8 +85,9 @@ class Judges:
             clip=model,
             processor=processor,
             tokenizer=tokenizer,
-            identity=IdentityJudge.load(judges / "identity"),
-            attributes=AttributeJudge.load(judges / "attributes"),
+            identity=identity,
+            attributes=attributes,
+            dino=dino,
         )
 
 
@@ -94,7 +106,7 @@ class Value:
 class Gallery:
     """Identities among which a generated picture must be recognised."""
 
-    def __init__(self, embedder: IdentityEmbedder, cases: Sequence[Case]) -> None:
+    def __init__(self, embedder: Embedder, cases: Sequence[Case]) -> None:
         """References of the cases to judge, which come first, and of others."""
         self.embeddings = [embedder.embed([each.image for each in case.references]) for case in cases]
 
@@ -186,13 +198,16 @@ def _judge_prompts(judges: Judges, gallery: Gallery, number: int, case: Case, ce
         return []
     embedded = judges.identity.embed(pictures)
     own = gallery.embeddings[number]
-    texts = [case.plain_texts[n] for n in chosen]
+    texts, references = [case.plain_texts[n] for n in chosen], [each.image for each in case.references]
     columns = {
         "alignment": text_alignment(judges.clip, judges.processor, judges.tokenizer, pictures, texts),
         "face_distance": torch.cdist(embedded, own).mean(dim=1),
         "face_similarity": (embedded @ own.T).mean(dim=1),
+        "clip_i": reconstruction(judges.clip, judges.processor, pictures, references),
         "identification": (nearest_identity(embedded, gallery.embeddings) == number).float(),
     }
+    if judges.dino is not None:
+        columns["dino"] = (judges.dino.embed(pictures) @ judges.dino.embed(references).T).mean(dim=1)
     values = [
         _value(column, number, kind, each)
         for column, figures in columns.items()

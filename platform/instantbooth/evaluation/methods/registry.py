@@ -43,13 +43,13 @@ class Settings:
         return json.dumps(asdict(self), indent=2) + "\n"
 
     @classmethod
-    def from_json(cls, text: str, *, name: str = "the settings") -> Settings:
-        """Settings from JSON; what is missing keeps its default. ParameterError for an unknown method or field."""
+    def from_json(cls, text: str, defaults: Settings | None = None, *, name: str = "the settings") -> Settings:
+        """Settings from JSON; what is missing is as in `defaults`. ParameterError for an unknown method or field."""
         try:
             values: dict[str, dict[str, Any]] = json.loads(text)
             chosen = {}
             for each in fields(cls):
-                known = getattr(cls(), each.name)
+                known = getattr(defaults or cls(), each.name)
                 chosen[each.name] = type(known)(**(asdict(known) | values.pop(each.name, {})))
         except (ValueError, TypeError, AttributeError) as error:
             raise ParameterError(f"{name} cannot be read ({error}); write what `jobs.evaluate tune` writes") from error
