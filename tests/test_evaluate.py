@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from instantbooth.errors import InstantBoothError, ParameterError, WeightsError
-from instantbooth.evaluation.methods.interface import Sampling
 from instantbooth.evaluation.methods.registry import METHODS, Settings
 from jobs.evaluation.frontier import Frontier, entrants_of, plot
 from jobs.evaluation.protocol import Protocol
@@ -19,7 +18,7 @@ from jobs.evaluation.sweep import Entrant
 from jobs.evaluation.table1 import Table1, table1
 from jobs.evaluation.tune import Grid, Tune, candidates, score, tune
 
-FAST = Sampling(num_inference_steps=1, guidance_scale=1.0)
+FAST = {"num_inference_steps": 1, "guidance_scale": 1.0}
 
 
 def small_table(folder: Path) -> Table1:
@@ -34,8 +33,8 @@ def small_table(folder: Path) -> Table1:
         gallery=4,
         references=2,
         prompts_per_kind=1,
-        sampling=FAST,
         cpus=1,
+        **FAST,
     )
 
 
@@ -71,7 +70,7 @@ def test_a_table_is_made_once_and_resumed_cell_by_cell(ray_session: None, tmp_pa
 
 
 def test_other_settings_weights_or_sampling_are_other_cells(tmp_path: Path) -> None:
-    parts = Protocol(output=str(tmp_path), sampling=FAST).parts
+    parts = Protocol(output=str(tmp_path), **FAST).parts
     entrant = Entrant(label="", method="dreambooth", parts=parts)
     changed = replace(parts.settings, dreambooth=replace(parts.settings.dreambooth, steps=7))
     copied = tmp_path / "adapters"
@@ -81,7 +80,7 @@ def test_other_settings_weights_or_sampling_are_other_cells(tmp_path: Path) -> N
     digests = {
         entrant.digest,
         replace(entrant, parts=replace(parts, settings=changed)).digest,
-        replace(entrant, parts=replace(parts, sampling=replace(FAST, num_inference_steps=2))).digest,
+        replace(entrant, parts=replace(parts, sampling=replace(parts.sampling, num_inference_steps=2))).digest,
     }
     assert len(digests) == 3
     # What a method has no part in is nothing to it.
@@ -97,6 +96,8 @@ def test_other_settings_weights_or_sampling_are_other_cells(tmp_path: Path) -> N
         ({"methods": ()}, ParameterError, "no method is chosen"),
         ({"methods": ("ip-adapter",), "ip_adapter": Path("nowhere")}, WeightsError, r"jobs\.train_ip_adapter"),
         ({"identities": 0}, ParameterError, "identities must be at least 1"),
+        ({"sampler": "eulr"}, ParameterError, "Did you mean 'euler'"),
+        ({"num_inference_steps": 0}, ParameterError, "num_inference_steps must be"),
         ({"references": 0}, ParameterError, "references must be at least 1"),
         ({"settings": Path("nowhere.json")}, ParameterError, "nowhere.json cannot be read"),
         ({"models": Path("nowhere")}, InstantBoothError, "nowhere"),
@@ -122,7 +123,7 @@ def test_settings_survive_their_file_and_unknown_ones_are_refused() -> None:
 
 
 def test_tuning_tries_each_value_with_each_and_never_on_the_test_split(tmp_path: Path) -> None:
-    parts = Protocol(output=str(tmp_path), sampling=FAST).parts
+    parts = Protocol(output=str(tmp_path), **FAST).parts
     grid = Grid(dreambooth_learning_rate=(1e-4, 1e-3), dreambooth_steps=(1, 2, 3))
     entrants = candidates("dreambooth", parts, grid)
     tried = {(each.parts.settings.dreambooth.learning_rate, each.parts.settings.dreambooth.steps) for each in entrants}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 from instantbooth.config import GenerationDefaults, WeightsConfig
-from instantbooth.errors import ParameterError
+from instantbooth.errors import ParameterError, did_you_mean
 from instantbooth.evaluation.cases import Case, check_count
 from instantbooth.evaluation.embedders import FaceEmbedder, VisionTransformer
 from instantbooth.evaluation.figures import Gallery, Judges
@@ -18,7 +18,9 @@ from instantbooth.evaluation.methods.registry import METHODS, STABLE_DIFFUSION, 
 from instantbooth.evaluation.miniature_cases import draw_cases
 from instantbooth.evaluation.photographs import Dataset, read_dreambench, read_identities
 from instantbooth.model.base import locate
+from instantbooth.model.samplers import SAMPLERS
 from instantbooth.model.weights import CONFIG_FILE
+from instantbooth.parameters import check_range
 from instantbooth.presets import ModelPreset, miniature_folder, miniature_preset
 from jobs import cli
 
@@ -98,8 +100,12 @@ class Protocol:
     """Pictures of each subject that a method is given."""
     prompts_per_kind: int = 2
     """Prompts of each of the three kinds; two more picture the subject alone."""
-    sampling: Sampling | None = None
-    """Sampler, steps and guidance of all methods; InstantBooth's own defaults if not given."""
+    sampler: str | None = None
+    """Of all methods, as are the next two; InstantBooth's own defaults where nothing is given."""
+    num_inference_steps: int | None = None
+    """Denoising steps."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance."""
     cpus: float = 2.0
     """Ray's logical CPUs that a subject takes: of a laptop's four, for two processes at a time."""
     gpus: float = 0.0
@@ -127,10 +133,25 @@ class Protocol:
         return Parts(
             models=self.preset,
             ip_adapter=self.ip_adapter.absolute(),
-            sampling=self.sampling or _own_sampling(self.preset),
+            sampling=self._sampling(),
             settings=_read_settings(self.settings, STABLE_DIFFUSION if self.real else Settings()),
             device="cuda" if self.gpus else "cpu",
         )
+
+    def _sampling(self) -> Sampling:
+        defaults = GenerationDefaults()
+        if self.preset.weights is not None:
+            defaults = WeightsConfig.load(Path(self.preset.weights) / CONFIG_FILE).defaults
+        chosen = {}
+        for each in fields(Sampling):
+            given = getattr(self, each.name)
+            chosen[each.name] = getattr(defaults, each.name) if given is None else given
+        sampling = Sampling(**chosen)
+        check_range("num_inference_steps", sampling.num_inference_steps)
+        check_range("guidance_scale", sampling.guidance_scale)
+        if sampling.sampler not in SAMPLERS:
+            raise ParameterError(f"sampler {sampling.sampler!r} is unknown. {did_you_mean(sampling.sampler, SAMPLERS)}")
+        return sampling
 
     def check(self, methods: tuple[str, ...]) -> None:
         """Everything that can be wrong, before any model runs."""
@@ -163,18 +184,6 @@ class Protocol:
         references = self.references if self.real else GALLERY_REFERENCES
         known = replace(self, references=references)
         return Gallery(judges.identity, known.cases(max(self.gallery, self.identities)))
-
-
-def _own_sampling(preset: ModelPreset) -> Sampling:
-    """What InstantBooth's weights say of themselves, else the usual."""
-    defaults = GenerationDefaults()
-    if preset.weights is not None:
-        defaults = WeightsConfig.load(Path(preset.weights) / CONFIG_FILE).defaults
-    return Sampling(
-        sampler=defaults.sampler,
-        num_inference_steps=defaults.num_inference_steps,
-        guidance_scale=defaults.guidance_scale,
-    )
 
 
 def _read_settings(path: Path | None, defaults: Settings) -> Settings:
