@@ -138,7 +138,7 @@ def subject_loss(base: BaseModel, prompt_embeds: Tensor) -> float:
 def test_textual_inversion_learns_an_embedding_and_changes_nothing_else(tiny: Path) -> None:
     base = load_base(tiny)
     before = [tensors_digest(module.state_dict()) for module in (base.unet, base.text_encoder)]
-    method = TextualInversion(base, SAMPLING, TextualInversionConfig(steps=150, learning_rate=0.05))
+    method = TextualInversion(base, SAMPLING, TextualInversionConfig(steps=60, learning_rate=0.1))
     vector = method.fit(references(), "cat")
     assert [tensors_digest(module.state_dict()) for module in (base.unet, base.text_encoder)] == before
     caption = [textual_inversion.tokenize_subject(base.tokenizer, "a photo of a sks")]
@@ -153,7 +153,7 @@ def test_dreambooth_learns_the_subject_in_a_copy_of_the_base(rank: int, tiny: Pa
     base = load_base(tiny)
     modules = (base.unet, base.text_encoder)
     before = [tensors_digest(module.state_dict()) for module in modules]
-    config = DreamBoothConfig(steps=60, learning_rate=5e-3, prior_pictures=4, lora_rank=rank)
+    config = DreamBoothConfig(steps=30, learning_rate=1e-2, prior_pictures=4, lora_rank=rank)
     tuned = DreamBooth(base, SAMPLING, config).fit(references(), "cat").base
     assert [tensors_digest(module.state_dict()) for module in modules] == before
     for own, theirs in ((tuned.unet, base.unet), (tuned.text_encoder, base.text_encoder)):
@@ -171,7 +171,7 @@ def test_prior_preservation_keeps_the_class_nearer_to_what_it_was(tiny: Path) ->
     drift = []
     for weight in (0.0, 3.0):
         base = load_base(tiny)
-        config = DreamBoothConfig(steps=40, learning_rate=3e-3, prior_pictures=8, prior_weight=weight)
+        config = DreamBoothConfig(steps=20, learning_rate=5e-3, prior_pictures=8, prior_weight=weight)
         method = DreamBooth(base, SAMPLING, config)
         method.prepare("cat")
         tuned = method.fit(references(), "cat").base

@@ -6,6 +6,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from instantbooth.evaluation.ip_adapter import weights
+from instantbooth.evaluation.methods.finetuning import write_out_attention
 from instantbooth.model.base import BaseModel
 from instantbooth.model.encoders import ImageEncoder
 from instantbooth.model.objective import add_noise, denoising_loss
@@ -25,6 +26,7 @@ class IPAdapterObjective(nn.Module):
         self.image_encoder = image_encoder
         self.variant = variant
         self.config = config
+        write_out_attention(base.unet, base.text_encoder)
         torch.manual_seed(config.seed)
         self.trained = weights.attach(base.unet, weights.new_state(base.unet, image_encoder, variant))
         self.trained.requires_grad_(True)

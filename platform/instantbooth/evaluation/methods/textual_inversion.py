@@ -16,6 +16,7 @@ from instantbooth.evaluation.methods.finetuning import (
     draw_rows,
     noise_prediction_loss,
     reference_latents,
+    write_out_attention,
 )
 from instantbooth.evaluation.methods.interface import Method, Reference, Sampling
 from instantbooth.evaluation.methods.sampling import sample
@@ -52,6 +53,7 @@ class TextualInversion(Method[Tensor]):
     """A subject is the embedding [W] of the new word, which stands in the prompt alone, without a class noun."""
 
     def __init__(self, base: BaseModel, sampling: Sampling, config: TextualInversionConfig) -> None:
+        write_out_attention(base.unet, base.text_encoder)
         self.base = base
         self.sampling = sampling
         self.config = config
