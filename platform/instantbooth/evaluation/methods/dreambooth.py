@@ -34,7 +34,7 @@ TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 @dataclass(frozen=True, kw_only=True)
 class DreamBoothConfig:
-    """Chosen on the miniature's validation identities. For Stable Diffusion 1.x the values in parentheses are usual."""
+    """The defaults are the miniature's. For Stable Diffusion 1.x the values in parentheses are usual."""
 
     steps: int = 400
     """Optimizer steps (800)."""

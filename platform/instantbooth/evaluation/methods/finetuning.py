@@ -61,12 +61,14 @@ def descend(
     weight_decay: float,
     seed: int,
 ) -> list[float]:
-    """AdamW at a constant learning rate, in bfloat16 autocast. Returns every step's loss."""
+    """AdamW in bfloat16 autocast; the rate is constant, then falls to 0 over the second half. Returns all losses."""
     trained = list(parameters)
     optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay, fused=True)
     generator = Generator().manual_seed(seed)
     losses = []
-    for _ in range(steps):
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * min(1.0, 2 * (1 - step / steps))
         with torch.autocast(trained[0].device.type, dtype=torch.bfloat16):
             value = loss(generator)
         optimizer.zero_grad()

@@ -23,7 +23,7 @@ from instantbooth.prompts import expand, tokenize_subject
 
 @dataclass(frozen=True, kw_only=True)
 class IPAdapterConfig:
-    """Chosen on the miniature's validation identities. For Stable Diffusion 1.x the values in parentheses are usual."""
+    """The defaults are the miniature's. For Stable Diffusion 1.x the values in parentheses are usual."""
 
     variant: str = "global"
     """One of instantbooth.evaluation.ip_adapter.weights.VARIANTS."""

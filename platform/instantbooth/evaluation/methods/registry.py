@@ -24,7 +24,7 @@ from instantbooth.presets import ModelPreset
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Hyperparameters of the methods; the defaults were chosen on the miniature's validation split."""
+    """Hyperparameters of the methods; the defaults are the miniature's."""
 
     textual_inversion: TextualInversionConfig = TextualInversionConfig()
     dreambooth: DreamBoothConfig = DreamBoothConfig()

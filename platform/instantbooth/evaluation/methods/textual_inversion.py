@@ -35,7 +35,7 @@ TEMPLATES = (
 
 @dataclass(frozen=True, kw_only=True)
 class TextualInversionConfig:
-    """Chosen on the miniature's validation identities. For Stable Diffusion 1.x the values in parentheses are usual."""
+    """The defaults are the miniature's. For Stable Diffusion 1.x the values in parentheses are usual."""
 
     steps: int = 1000
     """Optimizer steps (3000; 5000 in the paper)."""
