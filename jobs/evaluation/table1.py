@@ -22,6 +22,7 @@ from jobs.evaluation.protocol import Protocol
 from jobs.evaluation.sweep import Entrant, sweep
 
 FILE = "table1.json"
+WIDTH = 200
 REFERENCE = "instantbooth"
 """Every row is also compared with this method's: times as multiples, figures subject by subject."""
 REPORTED: Mapping[str, Mapping[str, float]] = {
@@ -153,7 +154,9 @@ def show(rows: dict[str, dict[str, Any]]) -> None:
         figures = [_figure(row[column]) for column in columns]
         times = [_time(row, column) for column in TIMES]
         table.add_row(row["title"], *figures, *times)
-    Console().print(table)
+    console = Console()
+    # A log file has no width of its own, and 80 columns cut the figures.
+    console.print(table, width=None if console.is_terminal else WIDTH)
 
 
 def _figure(interval: dict[str, float]) -> str:
