@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -154,9 +155,8 @@ def show(rows: dict[str, dict[str, Any]]) -> None:
         figures = [_figure(row[column]) for column in columns]
         times = [_time(row, column) for column in TIMES]
         table.add_row(row["title"], *figures, *times)
-    console = Console()
     # A log file has no width of its own, and 80 columns cut the figures.
-    console.print(table, width=None if console.is_terminal else WIDTH)
+    Console(width=None if sys.stdout.isatty() else WIDTH).print(table)
 
 
 def _figure(interval: dict[str, float]) -> str:
