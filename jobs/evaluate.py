@@ -1,4 +1,8 @@
-"""Judges a model: `python -m jobs.evaluate miniature` prints the shipped miniature's figures beside its bars."""
+"""Judges models: `miniature` the shipped one beside its bars, `table1` all methods on the same subjects.
+
+`tune` finds the methods' settings on validation identities, `frontier` and `references` vary InstantBooth's strengths
+and number of pictures, `report` makes a page of it all. What one run finished the next one finds.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,11 @@ from instantbooth.miniature.corpus import render_corpus
 from instantbooth.miniature.judging import attribute_accuracy, verification_auc
 from instantbooth.presets import miniature_folder, miniature_preset
 from jobs import cli
+from jobs.evaluation.frontier import frontier
+from jobs.evaluation.references import references
+from jobs.evaluation.report import report
+from jobs.evaluation.table1 import table1
+from jobs.evaluation.tune import tune
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,5 +89,14 @@ def grid(exam: Examination, images: list[Image.Image], *, subjects: int = 12, sc
     return sheet
 
 
+COMMANDS = {
+    "miniature": miniature,
+    "table1": table1,
+    "tune": tune,
+    "frontier": frontier,
+    "references": references,
+    "report": report,
+}
+
 if __name__ == "__main__":
-    cli.commands({"miniature": miniature}, __doc__)
+    cli.commands(COMMANDS, __doc__)

@@ -172,6 +172,19 @@ def mask_background(image: Image.Image, mask: Image.Image) -> Image.Image:
     return Image.composite(image.convert("RGB"), Image.new("RGB", image.size), mask)
 
 
+def subject_square(image: Image.Image, mask: Image.Image | None) -> Image.Image:
+    """What an image encoder is shown of a reference, RGB and square: its subject on black, as in training.
+
+    Without a mask it is the whole picture, with black bars where it is not square.
+    """
+    if mask is not None:
+        return mask_background(*crop_subject(image, mask))
+    side = max(image.size)
+    square = Image.new("RGB", (side, side))
+    square.paste(image.convert("RGB"), ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
 def augment(image: Image.Image, rng: np.random.Generator, *, settings: Augmentation | None = None) -> Image.Image:
     """A conditioning picture (RGB, masked, cropped) changed at random: colour, rotation, crop, flip. Size stays.
 

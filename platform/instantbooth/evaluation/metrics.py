@@ -29,8 +29,21 @@ class Interval:
 def prompt_accuracy(judge: AttributeJudge, images: Sequence[Image.Image], wanted: Sequence[Mapping[str, str]]) -> float:
     """Share of the attributes named by the prompts that the judge sees in the pictures.
 
+    Raises ParameterError where nothing is wanted, and as `attributes_seen` does.
+    """
+    hits = [hit for row in attributes_seen(judge, images, wanted) for hit in row]
+    if not hits:
+        raise ParameterError("no prompt names an attribute, so there is nothing to judge; pass at least one")
+    return float(np.mean(hits))
+
+
+def attributes_seen(
+    judge: AttributeJudge, images: Sequence[Image.Image], wanted: Sequence[Mapping[str, str]]
+) -> list[list[bool]]:
+    """For each picture, whether the judge sees each of the attributes wanted of it.
+
     `wanted` holds one mapping of attribute to value for each picture; an attribute left out is not judged.
-    Raises ParameterError where counts differ, nothing is wanted, or the judge does not know an attribute or value.
+    Raises ParameterError where counts differ, or the judge does not know an attribute or value.
     """
     if len(images) != len(wanted):
         raise ParameterError(f"there are {len(images)} images but {len(wanted)} sets of attributes; pass one for each")
@@ -38,21 +51,26 @@ def prompt_accuracy(judge: AttributeJudge, images: Sequence[Image.Image], wanted
         if value not in judge.attributes.get(name, ()):
             raise ParameterError(f"the judge knows no {name} {value!r}; it knows {judge.attributes}")
     seen = judge.predict(images)
-    hits = [saw[name] == value for saw, row in zip(seen, wanted, strict=True) for name, value in row.items()]
-    if not hits:
-        raise ParameterError("no prompt names an attribute, so there is nothing to judge; pass at least one")
-    return float(np.mean(hits))
+    return [[saw[name] == value for name, value in row.items()] for saw, row in zip(seen, wanted, strict=True)]
 
 
 def identification_top1(generated_embeddings: Tensor, labels: Tensor, gallery_embeddings: Tensor) -> float:
     """Share of generated pictures whose nearest identity in the gallery is their own.
 
-    `generated_embeddings` [N, D]; `labels` [N], each picture's row in the gallery; `gallery_embeddings`
-    [identities, references, D]. Nearest is the highest cosine to the mean of an identity's (normalised) references.
+    `labels` [N] are rows of the gallery; for the rest see `nearest_identity`.
     """
-    centroids = F.normalize(F.normalize(gallery_embeddings.float(), dim=-1).mean(dim=1), dim=-1)
-    nearest = (F.normalize(generated_embeddings.float(), dim=-1) @ centroids.T).argmax(dim=1)
-    return float((nearest == labels).float().mean())
+    return float((nearest_identity(generated_embeddings, gallery_embeddings) == labels).float().mean())
+
+
+def nearest_identity(generated_embeddings: Tensor, gallery_embeddings: Sequence[Tensor] | Tensor) -> Tensor:
+    """Row of the gallery [N] that each generated picture [N, D] is nearest to.
+
+    `gallery_embeddings` holds each identity's references [references, D]. Nearest is the highest cosine to the mean of
+    an identity's (normalised) references.
+    """
+    means = [F.normalize(each.float(), dim=-1).mean(dim=0) for each in gallery_embeddings]
+    centroids = F.normalize(torch.stack(means), dim=-1)
+    return (F.normalize(generated_embeddings.float(), dim=-1) @ centroids.T).argmax(dim=1)
 
 
 def text_alignment(

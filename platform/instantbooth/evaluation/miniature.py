@@ -13,13 +13,12 @@ from torch import Tensor
 
 from instantbooth import Concept, Personalizer
 from instantbooth.evaluation.judges import AttributeJudge, IdentityJudge
+from instantbooth.evaluation.methods.interface import Sampling
+from instantbooth.evaluation.methods.sampling import encode_prompts, sample
 from instantbooth.evaluation.metrics import identification_top1, prompt_accuracy
 from instantbooth.miniature.corpus import class_noun_of, identity_of, subject_seed
 from instantbooth.miniature.world import Picture, Scene, caption_of, render
-from instantbooth.model.denoise import Row, denoise, unit_noise
-from instantbooth.model.personalizer import MAX_BATCH
-from instantbooth.model.samplers import sampler_table
-from instantbooth.prompts import SUBJECT_FIELD, tokenize
+from instantbooth.prompts import SUBJECT_FIELD
 
 NAMED_SHARE = 0.7
 """Each attribute but the style is named by this share of the prompts."""
@@ -77,28 +76,15 @@ def told(attributes: dict[str, str]) -> dict[str, str]:
 
 def generate_unpersonalized(booth: Personalizer, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
     """The frozen base alone, with the weights' default sampler, steps and guidance."""
-    base, defaults = booth.base, booth.defaults
-    table = sampler_table(defaults.sampler, defaults.num_inference_steps, base.schedule)
-    side = int(base.unet.config.sample_size)
-    empty = base.encode_text(torch.tensor([tokenize(base.tokenizer, "")]))
-    shape = (base.unet.config.in_channels, side, side)
-    pictures: list[Image.Image] = []
-    for start in range(0, len(prompts), MAX_BATCH):
-        ids = [tokenize(base.tokenizer, prompt) for prompt in prompts[start : start + MAX_BATCH]]
-        rows = [
-            Row(
-                table=table,
-                prompt_embeds=text,
-                negative_embeds=empty[0],
-                guidance_scale=defaults.guidance_scale,
-                latents=unit_noise(seed, shape, base.device),
-            )
-            for text, seed in zip(base.encode_text(torch.tensor(ids)), seeds[start:], strict=False)
-        ]
-        for latents in denoise(base.unet, rows):
-            pass
-        pictures += base.decode(latents)
-    return pictures
+    defaults = booth.defaults
+    sampling = Sampling(
+        sampler=defaults.sampler,
+        num_inference_steps=defaults.num_inference_steps,
+        guidance_scale=defaults.guidance_scale,
+    )
+    with torch.inference_mode():
+        prompt_embeds = encode_prompts(booth.base, prompts)
+    return sample(booth.base, prompt_embeds, seeds, sampling)
 
 
 class Examination:

@@ -24,8 +24,8 @@ from instantbooth.evaluation.miniature import Examination, choose_scales, draw_s
 from instantbooth.miniature import clip, judging, segmenter
 from instantbooth.miniature.autoencoder import encode_latents, psnr, train_vae
 from instantbooth.miniature.corpus import Corpus, render_corpus
-from instantbooth.miniature.crops import subject_crops
 from instantbooth.miniature.diffusion import new_scheduler, train_diffusion
+from instantbooth.miniature.pairs import Pairs, loop_of
 from instantbooth.miniature.vocabulary import learn_tokenizer
 from instantbooth.model.personalizer import Personalizer
 from instantbooth.presets import miniature_preset
@@ -292,18 +292,16 @@ def train_adapters(
     `name` is the checkpoint's, in `folder`.
     """
     objective = AdapterObjective(booth, config)
-    images, masks = torch.from_numpy(corpus.images), torch.from_numpy(corpus.masks)
-    pairs = list(zip(corpus.captions, corpus.nouns, strict=True))
-    subjects = [_tokenized(booth, insert_field(caption, noun), noun) for caption, noun in pairs]
+    pairs = Pairs(corpus, latents)
+    captions = zip(corpus.captions, corpus.nouns, strict=True)
+    subjects = [_tokenized(booth, insert_field(caption, noun), noun) for caption, noun in captions]
     bare = {noun: _tokenized(booth, SUBJECT_FIELD, noun) for noun in set(corpus.nouns)}
 
     def loss(examples: int, generator: Generator) -> Tensor:
-        rows = torch.randint(len(corpus), (examples,), generator=generator)
-        ids, positions = zip(*(subjects[int(row)] for row in rows), strict=True)
-        bare_ids, bare_positions = zip(*(bare[corpus.nouns[int(row)]] for row in rows), strict=True)
-        batch = {
-            "latents": latents[rows],
-            "reference_pixels": subject_crops(images[rows], masks[rows], generator),
+        rows, batch = pairs.draw(examples, generator)
+        ids, positions = zip(*(subjects[row] for row in rows), strict=True)
+        bare_ids, bare_positions = zip(*(bare[corpus.nouns[row]] for row in rows), strict=True)
+        batch |= {
             "input_ids": torch.tensor(ids),
             "placeholder_position": torch.tensor(positions),
             "bare_ids": torch.tensor(bare_ids),
@@ -312,19 +310,7 @@ def train_adapters(
         value: Tensor = objective(batch, generator)
         return value
 
-    loop = LoopConfig(
-        steps=config.steps,
-        batch_size=config.batch_size,
-        processes=2,
-        learning_rate=config.adapter_learning_rate,
-        warmup_steps=config.warmup_steps,
-        decay_steps=config.steps // 4,
-        weight_decay=config.weight_decay,
-        ema_decay=config.ema_decay,
-        clip_norm=config.clip_norm,
-        seed=config.seed,
-    )
-    losses = train(name, objective, loss, loop, folder=folder, device=booth.base.device)
+    losses = train(name, objective, loss, loop_of(config), folder=folder, device=booth.base.device)
     booth.trained.requires_grad_(False).eval()
     return losses
 

@@ -5,22 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging
 
 
 @contextmanager
 def silent_loading() -> Iterator[None]:
-    """Without transformers' progress bars and load reports.
+    """Without transformers' progress bars and load reports, and without diffusers' warnings.
 
     A model loads in a second, and where a part of a file is meant to be left out (a whole CLIP's text tower), the
     report would list every tensor of it.
     """
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    diffusers_verbosity = diffusers_logging.get_verbosity()
     logging.set_verbosity_error()
+    diffusers_logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
+        diffusers_logging.set_verbosity(diffusers_verbosity)
         if bars:
             logging.enable_progress_bar()

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from instantbooth.errors import ImageError
-from instantbooth.images import check_image, check_mask, crop_subject, mask_background
+from instantbooth.images import check_image, check_mask, subject_square
 from instantbooth.model.base import locate
 from instantbooth.model.conditioning import Concept
 from instantbooth.model.encoders import Encoders, ImageEncoder
@@ -148,9 +148,7 @@ class SubjectEncoder:
             mask = image.getchannel("A")
         if mask is None and masked and self.segmenter is not None:
             mask = self.segmenter.masks([image.convert("RGB")], class_noun)[0]
-        if mask is None or not masked:
-            return _pad_to_square(image.convert("RGB"))
-        return mask_background(*crop_subject(image, mask))
+        return subject_square(image, mask if masked else None)
 
 
 def _check_references(
@@ -169,10 +167,3 @@ def _check_references(
         (image, check_mask(mask, image, f"mask {n}"))
         for n, (image, mask) in enumerate(zip(checked, masks, strict=True), start=1)
     ]
-
-
-def _pad_to_square(image: Image.Image) -> Image.Image:
-    side = max(image.size)
-    square = Image.new("RGB", (side, side))
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square

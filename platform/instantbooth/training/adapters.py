@@ -15,7 +15,7 @@ from transformers import CLIPTokenizer
 from instantbooth.errors import BaseModelError
 from instantbooth.images import Augmentation, augment, crop_subject, mask_background
 from instantbooth.model.adapter import References, adapter_kwargs
-from instantbooth.model.base import locate
+from instantbooth.model.base import BaseModel, locate
 from instantbooth.model.conditioning import inject
 from instantbooth.model.encoders import resize_to_tensor
 from instantbooth.model.objective import add_noise, denoising_loss, draw_timesteps
@@ -118,6 +118,17 @@ class ExamplePreparer:
         }
 
 
+def draw(base: BaseModel, config: AdapterTrainingConfig, rows: int, generator: Generator) -> Draws:
+    """Random numbers for so many rows, from a CPU generator."""
+    side = int(base.unet.config.sample_size)
+    noise = torch.randn((rows, int(base.unet.config.in_channels), side, side), generator=generator)
+    timesteps = draw_timesteps(rows, base.schedule, generator)
+    drop_text = torch.rand(rows, generator=generator) < config.text_dropout
+    drop_image = torch.rand(rows, generator=generator) < config.image_dropout
+    drop_both = torch.rand(rows, generator=generator) < config.both_dropout
+    return Draws(noise=noise, timesteps=timesteps, drop_text=drop_text | drop_both, drop_image=drop_image | drop_both)
+
+
 class AdapterObjective(nn.Module):
     """The loss of a batch as a module, so that DistributedDataParallel can wrap it."""
 
@@ -139,7 +150,7 @@ class AdapterObjective(nn.Module):
             latents = batch["latents"] if "latents" in batch else base.encode_pixels(batch["pixel_values"])
             global_features, tokens = self.booth.image_encoder(batch["reference_pixels"].to(base.device))
         latents = latents.to(base.device)
-        draws = randomness if isinstance(randomness, Draws) else self.draw(len(latents), randomness)
+        draws = randomness if isinstance(randomness, Draws) else draw(base, self.config, len(latents), randomness)
         timesteps = draws.timesteps.to(base.device)
         noisy, target = add_noise(latents, draws.noise.to(base.device), timesteps, base.schedule)
         concept_embeddings, patch_features = self.trained.encoders(global_features, tokens)
@@ -151,27 +162,15 @@ class AdapterObjective(nn.Module):
         ).sample
         return denoising_loss(prediction, target)
 
-    def draw(self, rows: int, generator: Generator) -> Draws:
-        """Random numbers for so many rows."""
-        base, config = self.booth.base, self.config
-        side = int(base.unet.config.sample_size)
-        noise = torch.randn((rows, int(base.unet.config.in_channels), side, side), generator=generator)
-        timesteps = draw_timesteps(rows, base.schedule, generator)
-        drop_text = torch.rand(rows, generator=generator) < config.text_dropout
-        drop_image = torch.rand(rows, generator=generator) < config.image_dropout
-        drop_both = torch.rand(rows, generator=generator) < config.both_dropout
-        return Draws(
-            noise=noise, timesteps=timesteps, drop_text=drop_text | drop_both, drop_image=drop_image | drop_both
-        )
-
     def draw_at(self, positions: Tensor) -> Draws:
         """Random numbers of the samples at these positions of the training: each depends on its own position alone."""
-        draws = [self.draw(1, _generator(self.config.seed, position)) for position in positions.tolist()]
+        generators = [_generator(self.config.seed, position) for position in positions.tolist()]
+        draws = [draw(self.booth.base, self.config, 1, generator) for generator in generators]
         return Draws(**{part.name: torch.cat([getattr(each, part.name) for each in draws]) for part in fields(Draws)})
 
     def fixed_draws(self, rows: int, timestep: int) -> Draws:
         """The same noise every time, one timestep for all rows, nothing left out: for comparing losses."""
-        draws = self.draw(rows, Generator().manual_seed(timestep))
+        draws = draw(self.booth.base, self.config, rows, Generator().manual_seed(timestep))
         none = torch.zeros(rows, dtype=torch.bool)
         return replace(draws, timesteps=torch.full((rows,), timestep), drop_text=none, drop_image=none)
 

@@ -1,0 +1,1 @@
+"""The paper's tables: sweeps over methods and subjects, as Ray tasks whose results are kept."""

@@ -1,0 +1,106 @@
+"""Identity against language: InstantBooth's α × β grid, IP-Adapter's scales, and the other methods as points."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from instantbooth.evaluation.methods.personalizer import InstantBoothConfig
+from instantbooth.evaluation.methods.registry import METHODS
+from instantbooth.storage import open_store
+from jobs import cli
+from jobs.evaluation.protocol import Protocol
+from jobs.evaluation.sweep import Entrant
+from jobs.evaluation.table1 import made_by, rows_of
+from jobs.evaluation.tune import with_settings
+
+FILE = "frontier.json"
+PLOT = "frontier.svg"
+X, Y = "alignment", "face_similarity"
+CURVES = ("ip-adapter", "ip-adapter-plus")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frontier(Protocol):
+    """Which strengths are tried."""
+
+    method: str = "instantbooth-masked"
+    """Whose α and β are varied: instantbooth, or instantbooth-masked as IP-Adapter's references are masked too."""
+    adapter_scales: tuple[float, ...] = (0.3, 0.6, 1.0, 1.3)
+    """β."""
+    concept_scales: tuple[float, ...] = (0.4, 0.7, 1.0)
+    """α."""
+    ip_adapter_scales: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2)
+    """Strengths of the image tokens, for both variants."""
+    points: tuple[str, ...] = ("textual-inversion", "dreambooth", "dreambooth-lora", "instantbooth-masked")
+    """Methods shown as they are in table 1."""
+
+
+def frontier(options: cli.Flat[Frontier]) -> None:
+    """Writes frontier.json and frontier.svg; cells that table1 made are not made again."""
+    series = entrants_of(options)
+    options.check(tuple(dict.fromkeys(each.method for entrants in series.values() for each in entrants)))
+    rows = rows_of(options, list({each.label: each for entrants in series.values() for each in entrants}.values()))
+    found = {name: [rows[each.label] for each in entrants] for name, entrants in series.items()}
+    store = open_store(options.output)
+    result = {"made_by": made_by(options, "frontier"), "series": found}
+    store.put(FILE, (json.dumps(result, indent=2) + "\n").encode())
+    store.put(PLOT, plot(found, METHODS[options.method].title))
+
+
+def entrants_of(options: Frontier) -> dict[str, list[Entrant]]:
+    """Series → its entrants: "grid", "points" and a curve for each variant of IP-Adapter."""
+    parts = options.parts
+    grid = [
+        _entrant(options.method, options, InstantBoothConfig(adapter_scale=beta, concept_scale=alpha))
+        for alpha, beta in itertools.product(options.concept_scales, options.adapter_scales)
+    ]
+    curves = {
+        name: [
+            _entrant(name, options, replace(parts.settings.of(name), scale=scale))
+            for scale in options.ip_adapter_scales
+        ]
+        for name in CURVES
+    }
+    points = [Entrant(label=name, method=name, parts=parts) for name in options.points]
+    return {"grid": grid, "points": points, **curves}
+
+
+def plot(series: dict[str, list[dict[str, Any]]], title: str) -> bytes:
+    """Identity against alignment, as SVG."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7.2, 4.6))
+    axes.scatter(*_xy(series["grid"]), s=22, color="#b4552d", alpha=0.45, label=f"{title}, α × β")
+    for name, color in zip(CURVES, ("#3d6a8a", "#5a8f5a"), strict=True):
+        axes.plot(*_xy(series[name]), marker="o", markersize=3.5, color=color, label=f"{METHODS[name].title}, scales")
+    for row in series["points"]:
+        x, y = row[X], row[Y]
+        errors = [[[each["mean"] - each["low"]], [each["high"] - each["mean"]]] for each in (x, y)]
+        axes.errorbar(x["mean"], y["mean"], xerr=errors[0], yerr=errors[1], fmt="D", markersize=5, capsize=2)
+        axes.annotate(row["title"], (x["mean"], y["mean"]), textcoords="offset points", xytext=(7, 5), fontsize=9)
+    axes.set_xlabel("alignment with the prompt (CLIP) →")
+    axes.set_ylabel("similarity to the subject →")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8.5)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", bbox_inches="tight")
+    pyplot.close(figure)
+    return buffer.getvalue()
+
+
+def _xy(rows: Sequence[dict[str, Any]]) -> tuple[list[float], list[float]]:
+    return [row[X]["mean"] for row in rows], [row[Y]["mean"] for row in rows]
+
+
+def _entrant(method: str, options: Frontier, own: Any) -> Entrant:
+    settings = with_settings(options.parts.settings, method, own)
+    label = " ".join([method, *(f"{name}={value}" for name, value in vars(own).items())])
+    return Entrant(label=label, method=method, parts=replace(options.parts, settings=settings))

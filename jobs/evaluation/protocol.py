@@ -1,0 +1,195 @@
+"""Options that every table shares: which models, which subjects and prompts, how pictures are sampled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from instantbooth.config import GenerationDefaults, WeightsConfig
+from instantbooth.errors import ParameterError, did_you_mean
+from instantbooth.evaluation.cases import Case, check_count
+from instantbooth.evaluation.embedders import FaceEmbedder, VisionTransformer
+from instantbooth.evaluation.figures import Gallery, Judges
+from instantbooth.evaluation.judges import AttributeJudge, IdentityJudge
+from instantbooth.evaluation.methods.interface import Sampling
+from instantbooth.evaluation.methods.registry import METHODS, STABLE_DIFFUSION, Parts, Settings, check_methods
+from instantbooth.evaluation.miniature_cases import draw_cases
+from instantbooth.evaluation.photographs import Dataset, read_dreambench, read_identities
+from instantbooth.model.base import locate
+from instantbooth.model.samplers import SAMPLERS
+from instantbooth.model.weights import CONFIG_FILE
+from instantbooth.parameters import check_range
+from instantbooth.presets import ModelPreset, miniature_folder, miniature_preset
+from jobs import cli
+
+GALLERY_REFERENCES = 5
+"""Pictures of each subject that a generated one is compared with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Photographs:
+    """A data set of real photographs, the model to picture its subjects with, and who judges."""
+
+    data: Path | None = None
+    """Folder of the data set; without one the miniature world is evaluated."""
+    base: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    """Stable Diffusion 1.x: a folder or a hub name."""
+    clip: str = "openai/clip-vit-large-patch14"
+    """Whole CLIP, folder or hub name: image encoder of the methods, and judge of alignment."""
+    face: Path | None = None
+    """TorchScript file that embeds faces, or whatever else tells the subjects apart."""
+    face_size: int = 160
+    """Side of the pictures that it reads, in pixels."""
+    layout: Literal["identities", "dreambench"] = "identities"
+    """A folder for each identity, as PPR10K's, or DreamBench with its own prompts."""
+    class_noun: str = "person"
+    """What the identities are; DreamBench says it itself."""
+    masks: Path | None = None
+    """Masks of the identities' pictures, laid out as they are."""
+    segmenter: str | None = None
+    """Model that finds masks where none are given."""
+    dino: str | None = None
+    """ViT for DreamBench's DINO figure; without it there is none."""
+    pictures_per_prompt: int = 4
+    """Of DreamBench's prompts."""
+
+    def read(self, references: int) -> Dataset:
+        """The data set's cases, and what of it is left out. Raises ParameterError and ImageError."""
+        check_count("references", references, 1)
+        assert self.data is not None
+        if self.layout == "dreambench":
+            return read_dreambench(self.data, references=references, pictures_per_prompt=self.pictures_per_prompt)
+        return read_identities(self.data, class_noun=self.class_noun, references=references, masks=self.masks)
+
+    def judges(self) -> Judges:
+        """Who judges them. Raises ParameterError and WeightsError."""
+        if self.face is None:
+            raise ParameterError(
+                "photographs need somebody who tells their subjects apart; pass --face, a TorchScript file"
+            )
+        face = FaceEmbedder(self.face, size=self.face_size)
+        dino = None if self.dino is None else VisionTransformer(locate(self.dino))
+        return Judges.load(locate(self.clip), face, dino=dino)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """Which models, subjects and prompts; the same for every method."""
+
+    output: str = "out/eval"
+    """Folder, or s3://bucket/prefix, for cells and tables; where several machines work it must be seen by all."""
+    models: Path | None = None
+    """A miniature built elsewhere (its base/, clip/, adapters/, judges/ …); the shipped one if not given."""
+    photographs: cli.Flat[Photographs] = Photographs()
+    """Real photographs, and Stable Diffusion, in the miniature's place."""
+    weights: Path | None = None
+    """Other trained weights of InstantBooth."""
+    ip_adapter: Path = Path("out/ip_adapter")
+    """Where `jobs.train_ip_adapter` left IP-Adapter's weights."""
+    settings: Path | None = None
+    """Hyperparameters of the methods, as `tune` writes them; else the miniature's, or those usual for photographs."""
+    split: Literal["test", "validation"] = "test"
+    """Which held-out identities; hyperparameters are chosen on validation."""
+    identities: int = 20
+    """Subjects, half of them persons and half cats."""
+    gallery: int = 50
+    """Identities among which a picture must be recognised: the subjects and others of their split."""
+    references: int = 5
+    """Pictures of each subject that a method is given."""
+    prompts_per_kind: int = 2
+    """Prompts of each of the three kinds; two more picture the subject alone."""
+    sampler: str | None = None
+    """Of all methods, as are the next two; InstantBooth's own defaults where nothing is given."""
+    num_inference_steps: int | None = None
+    """Denoising steps."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance."""
+    cpus: float = 2.0
+    """Ray's logical CPUs that a subject takes: of a laptop's four, for two processes at a time."""
+    gpus: float = 0.0
+    """GPUs that a subject takes; without any it is worked on by a CPU."""
+
+    @property
+    def real(self) -> bool:
+        """Whether photographs are evaluated."""
+        return self.photographs.data is not None
+
+    @cached_property
+    def preset(self) -> ModelPreset:
+        """The models."""
+        if self.real:
+            chosen = ModelPreset(
+                base=self.photographs.base, image_encoder=self.photographs.clip, segmenter=self.photographs.segmenter
+            )
+        else:
+            chosen = miniature_preset(self.models or miniature_folder())
+        return chosen if self.weights is None else replace(chosen, weights=str(self.weights))
+
+    @cached_property
+    def parts(self) -> Parts:
+        """What methods are built of. Raises ParameterError and WeightsError."""
+        return Parts(
+            models=self.preset,
+            ip_adapter=self.ip_adapter.absolute(),
+            sampling=self._sampling(),
+            settings=_read_settings(self.settings, STABLE_DIFFUSION if self.real else Settings()),
+            device="cuda" if self.gpus else "cpu",
+        )
+
+    def _sampling(self) -> Sampling:
+        defaults = GenerationDefaults()
+        if self.preset.weights is not None:
+            defaults = WeightsConfig.load(Path(self.preset.weights) / CONFIG_FILE).defaults
+        chosen = {}
+        for each in fields(Sampling):
+            given = getattr(self, each.name)
+            chosen[each.name] = getattr(defaults, each.name) if given is None else given
+        sampling = Sampling(**chosen)
+        check_range("num_inference_steps", sampling.num_inference_steps)
+        check_range("guidance_scale", sampling.guidance_scale)
+        if sampling.sampler not in SAMPLERS:
+            raise ParameterError(f"sampler {sampling.sampler!r} is unknown. {did_you_mean(sampling.sampler, SAMPLERS)}")
+        return sampling
+
+    def check(self, methods: tuple[str, ...]) -> None:
+        """Everything that can be wrong, before any model runs."""
+        if not methods:
+            raise ParameterError(f"no method is chosen; name some of {', '.join(METHODS)}")
+        check_methods(methods, self.parts)
+        self.judges()
+        self.cases()
+
+    def cases(self, count: int | None = None) -> list[Case]:
+        """The subjects, in their order; of photographs all that there are, if they are fewer than wanted."""
+        wanted = count or self.identities
+        if self.real:
+            return self.photographs.read(self.references).cases[:wanted]
+        return draw_cases(self.split, wanted, references=self.references, prompts_per_kind=self.prompts_per_kind)
+
+    def judges(self) -> Judges:
+        """The miniature's own, or those named for photographs. Raises WeightsError."""
+        if self.real:
+            return self.photographs.judges()
+        folder = self.models or miniature_folder()
+        return Judges.load(
+            folder / "clip",
+            IdentityJudge.load(folder / "judges" / "identity"),
+            attributes=AttributeJudge.load(folder / "judges" / "attributes"),
+        )
+
+    def judged_against(self, judges: Judges) -> Gallery:
+        """The subjects and as many others as `gallery` says, whatever the methods are given of them."""
+        references = self.references if self.real else GALLERY_REFERENCES
+        known = replace(self, references=references)
+        return Gallery(judges.identity, known.cases(max(self.gallery, self.identities)))
+
+
+def _read_settings(path: Path | None, defaults: Settings) -> Settings:
+    if path is None:
+        return defaults
+    try:
+        return Settings.from_json(path.read_text(), defaults, name=str(path))
+    except OSError as error:
+        raise ParameterError(f"{path} cannot be read ({error}); name a file that `jobs.evaluate tune` wrote") from error

@@ -1,0 +1,128 @@
+"""Methods by subjects, as Ray tasks: what is finished stays finished, and only the rest is worked on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from hashlib import file_digest, sha256
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from instantbooth.errors import ParameterError
+from instantbooth.evaluation.cases import Case
+from instantbooth.evaluation.cells import Cell, Cells, evaluate
+from instantbooth.evaluation.methods.interface import Method
+from instantbooth.evaluation.methods.ip_adapter import IPAdapterConfig
+from instantbooth.evaluation.methods.registry import METHODS, Parts
+from instantbooth.model.base import locate
+from instantbooth.storage import open_store
+from jobs.cluster import ray_cluster
+from jobs.evaluation.protocol import Protocol
+
+DIGEST_LENGTH = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entrant:
+    """A method with the models and settings it enters with."""
+
+    label: str
+    """How results call it; a method may enter several times."""
+    method: str
+    """One of METHODS."""
+    parts: Parts
+
+    @property
+    def digest(self) -> str:
+        """Of all that its pictures depend on, but the case."""
+        models, own = self.parts.models, self.parts.settings.of(self.method)
+        folders = [locate(models.base)]
+        if self.method.startswith("instantbooth"):
+            folders += [locate(each) for each in (models.weights, models.image_encoder, models.segmenter) if each]
+        if isinstance(own, IPAdapterConfig):
+            folders += [self.parts.ip_adapter / own.variant, locate(models.image_encoder)]
+        named = [asdict(own), asdict(self.parts.sampling), [folder_digest(folder) for folder in folders]]
+        return sha256(json.dumps(named).encode()).hexdigest()[:DIGEST_LENGTH]
+
+
+def sweep(protocol: Protocol, entrants: Sequence[Entrant]) -> dict[str, list[Cell]]:
+    """The cells of every entrant, subject by subject; those that are missing are made on the cluster.
+
+    A task's InputError or WeightsError is raised as itself. ParameterError where the cluster cannot run a task.
+    """
+    cases = protocol.cases()
+    kept = {each.label: _cells(protocol, each.method, each.digest) for each in entrants}
+    tasks = [(each, number) for each in entrants for number, case in enumerate(cases) if not kept[each.label].has(case)]
+    if tasks:
+        with ray_cluster():
+            _run(protocol, tasks)
+    return {label: [cells.read(case) for case in cases] for label, cells in kept.items()}
+
+
+def _run(protocol: Protocol, tasks: Sequence[tuple[Entrant, int]]) -> None:
+    _check_resources(protocol)
+    task = _evaluate.options(num_cpus=protocol.cpus, num_gpus=protocol.gpus)
+    running = [task.remote(protocol, each.method, each.parts, each.digest, number) for each, number in tasks]
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+        bar = progress.add_task("evaluating", total=len(running))
+        while running:
+            finished, running = ray.wait(running)
+            for each in finished:
+                label = ray.get(each)
+                progress.update(bar, advance=1, description=label)
+
+
+@ray.remote
+def _evaluate(protocol: Protocol, name: str, parts: Parts, digest: str, number: int) -> str:
+    """Makes one cell and keeps it."""
+    if parts.device == "cpu":
+        # Tasks run side by side: more threads than cores starve each other.
+        torch.set_num_threads(1)
+    case = _cases(protocol)[number]
+    _cells(protocol, name, digest).write(case, evaluate(_method(name, parts), case))
+    return f"{METHODS[name].title}, {case.name}"
+
+
+@lru_cache(maxsize=1)
+def _method(name: str, parts: Parts) -> Method[Any]:
+    """A worker process builds a method once for all the subjects it is given in a row."""
+    return METHODS[name].build(parts)
+
+
+@lru_cache(maxsize=1)
+def _cases(protocol: Protocol) -> list[Case]:
+    return protocol.cases()
+
+
+def _cells(protocol: Protocol, name: str, digest: str) -> Cells:
+    return Cells(store=open_store(protocol.output), method=name, digest=digest)
+
+
+def _check_resources(protocol: Protocol) -> None:
+    """A task that no machine can hold would wait for ever."""
+    there = ray.cluster_resources()
+    for name, wanted in (("CPU", protocol.cpus), ("GPU", protocol.gpus)):
+        if wanted > there.get(name, 0):
+            raise ParameterError(
+                f"a subject is to take {wanted:g} {name}s, the cluster has {there.get(name, 0):g}; "
+                f"pass --{name.lower()}s with less"
+            )
+
+
+@lru_cache
+def folder_digest(folder: Path) -> str:
+    """SHA-256 of a model folder's files: configurations, vocabularies and tensors."""
+    content = sha256()
+    for path in sorted(file for file in folder.rglob("*") if file.suffix in (".json", ".safetensors", ".txt")):
+        content.update(path.relative_to(folder).as_posix().encode())
+        with path.open("rb") as stream:
+            content.update(file_digest(stream, "sha256").digest())
+    return content.hexdigest()

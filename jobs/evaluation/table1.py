@@ -1,0 +1,168 @@
+"""The paper's Table 1: all methods on the same subjects, prompts, seeds and sampler."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from instantbooth.evaluation.cells import Cell
+from instantbooth.evaluation.figures import COLUMNS, TIMES, Value, difference, judge, table_row
+from instantbooth.evaluation.methods.registry import METHODS
+from instantbooth.storage import open_store
+from jobs import cli
+from jobs.evaluation.protocol import Protocol
+from jobs.evaluation.sweep import Entrant, sweep
+
+FILE = "table1.json"
+WIDTH = 200
+REFERENCE = "instantbooth"
+"""Every row is also compared with this method's: times as multiples, figures subject by subject."""
+REPORTED: Mapping[str, Mapping[str, float]] = {
+    "textual-inversion": {
+        "alignment": 0.2556,
+        "face_distance": 1.5462,
+        "face_similarity": 0.1130,
+        "reconstruction": 0.7832,
+        "seconds": 1500,
+    },
+    "dreambooth": {
+        "alignment": 0.3088,
+        "face_distance": 1.2281,
+        "face_similarity": 0.2408,
+        "reconstruction": 0.8335,
+        "seconds": 600,
+    },
+    "instantbooth": {
+        "alignment": 0.3140,
+        "face_distance": 1.1901,
+        "face_similarity": 0.2456,
+        "reconstruction": 0.7329,
+        "seconds": 6,
+    },
+    "instantbooth-masked": {
+        "alignment": 0.3135,
+        "face_distance": 1.1899,
+        "face_similarity": 0.2418,
+        "seconds": 6,
+    },
+}
+"""Table 1 as the paper reports it, for persons on real photographs: to compare orders with, not figures."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table1(Protocol):
+    """Which methods are compared, and on what."""
+
+    methods: tuple[str, ...] = tuple(METHODS)
+    """Rows of the table."""
+
+    @property
+    def entrants(self) -> list[Entrant]:
+        """The methods with the settings of all."""
+        return [Entrant(label=name, method=name, parts=self.parts) for name in self.methods]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """An entrant with what it made, and what the judges say of it."""
+
+    entrant: Entrant
+    cells: list[Cell]
+    values: list[Value]
+
+
+def table1(options: cli.Flat[Table1]) -> None:
+    """Writes table1.json and prints the table; what an earlier run finished is not done again."""
+    options.check(options.methods)
+    rows = table_rows(judge_all(options, options.entrants))
+    result = {"made_by": made_by(options, "table1"), "rows": rows, "reported": REPORTED}
+    open_store(options.output).put(FILE, (json.dumps(result, indent=2) + "\n").encode())
+    show(rows)
+
+
+def rows_of(protocol: Protocol, entrants: Sequence[Entrant]) -> dict[str, dict[str, Any]]:
+    """Label → what `row_of` says."""
+    return {each.entrant.label: row_of(each) for each in judge_all(protocol, entrants)}
+
+
+def judge_all(protocol: Protocol, entrants: Sequence[Entrant]) -> list[Judged]:
+    """Makes what is missing, and judges it."""
+    made = sweep(protocol, entrants)
+    judges, cases = protocol.judges(), protocol.cases()
+    gallery = protocol.judged_against(judges)
+    return [
+        Judged(entrant=each, cells=made[each.label], values=judge(judges, gallery, cases, made[each.label]))
+        for each in entrants
+    ]
+
+
+def row_of(judged: Judged) -> dict[str, Any]:
+    """The entrant's title, settings and digest, and its figures with their intervals."""
+    entrant = judged.entrant
+    return {
+        "title": METHODS[entrant.method].title,
+        "settings": asdict(entrant.parts.settings.of(entrant.method)),
+        "digest": entrant.digest,
+        **table_row(judged.values),
+    }
+
+
+def table_rows(judged: Sequence[Judged]) -> dict[str, dict[str, Any]]:
+    """The rows of all, compared with InstantBooth where it is among them.
+
+    `seconds_ratio` is a multiple of its time, `instantbooth_more` what its figures have more than the row's.
+    """
+    rows = {each.entrant.label: row_of(each) for each in judged}
+    reference = next((each for each in judged if each.entrant.label == REFERENCE), None)
+    if reference is not None:
+        for each in judged:
+            row = rows[each.entrant.label]
+            for column in TIMES:
+                row[f"{column}_ratio"] = row[column]["mean"] / rows[REFERENCE][column]["mean"]
+            row["instantbooth_more"] = difference(reference.values, each.values)
+    return rows
+
+
+def made_by(protocol: Protocol, command: str) -> dict[str, Any]:
+    """A table's record: command, machine, what was evaluated, and how it was sampled."""
+    names = ("split", "identities", "gallery", "references", "prompts_per_kind")
+    return {
+        "command": f"python -m jobs.evaluate {command}",
+        "machine": {
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+            "cpus": os.cpu_count(),
+            "torch": torch.__version__,
+        },
+        "protocol": {name: getattr(protocol, name) for name in names},
+        "sampling": asdict(protocol.parts.sampling),
+    }
+
+
+def show(rows: dict[str, dict[str, Any]]) -> None:
+    """Prints the table: means, with half the width of their intervals."""
+    columns = [column for column in COLUMNS if any(column in row for row in rows.values())]
+    table = Table("method", *(COLUMNS[column] for column in columns), *TIMES.values())
+    for row in rows.values():
+        figures = [_figure(row[column]) for column in columns]
+        times = [_time(row, column) for column in TIMES]
+        table.add_row(row["title"], *figures, *times)
+    # A log file has no width of its own, and 80 columns cut the figures.
+    Console(width=None if sys.stdout.isatty() else WIDTH).print(table)
+
+
+def _figure(interval: dict[str, float]) -> str:
+    return f"{interval['mean']:.3f} ± {(interval['high'] - interval['low']) / 2:.3f}"
+
+
+def _time(row: dict[str, Any], column: str) -> str:
+    ratio = row.get(f"{column}_ratio")
+    return f"{row[column]['mean']:.2f}" + ("" if ratio is None else f" ({ratio:.1f}×)")

@@ -1,0 +1,111 @@
+"""Hyperparameters of the methods, chosen on validation identities by one rule for all."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from instantbooth.errors import ParameterError
+from instantbooth.evaluation.methods.registry import Parts, Settings
+from instantbooth.storage import open_store
+from jobs import cli
+from jobs.evaluation.protocol import Protocol
+from jobs.evaluation.sweep import Entrant
+from jobs.evaluation.table1 import rows_of
+
+FILE = "settings.json"
+TRIALS = "tuning.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """Values that are tried, each with each."""
+
+    textual_inversion_learning_rate: tuple[float, ...] = (5e-3, 2e-2, 5e-2)
+    textual_inversion_steps: tuple[int, ...] = (500, 1500)
+    dreambooth_learning_rate: tuple[float, ...] = (3e-5, 1e-4, 3e-4)
+    dreambooth_steps: tuple[int, ...] = (200, 600)
+    dreambooth_lora_learning_rate: tuple[float, ...] = (5e-4, 1e-3, 3e-3)
+    dreambooth_lora_steps: tuple[int, ...] = (200, 600)
+    ip_adapter_scale: tuple[float, ...] = (0.4, 0.6, 0.8, 1.0, 1.2)
+    ip_adapter_plus_scale: tuple[float, ...] = (0.4, 0.6, 0.8, 1.0, 1.2)
+
+    def of(self, method: str) -> dict[str, tuple[float, ...]]:
+        """Field of the method's settings → values to try. ParameterError for a method without any."""
+        stem = method.replace("-", "_")
+        known = [each.name for each in fields(Settings().of(method))]
+        found = {name: getattr(self, f"{stem}_{name}") for name in known if hasattr(self, f"{stem}_{name}")}
+        if not found:
+            raise ParameterError(f"there is nothing to tune in {method!r}; name others by --methods")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tune(Protocol):
+    """What is tried, and on whom."""
+
+    split: Literal["test", "validation"] = "validation"
+    identities: int = 4
+    methods: tuple[str, ...] = ("textual-inversion", "dreambooth", "dreambooth-lora", "ip-adapter", "ip-adapter-plus")
+    """Which are tuned; the others keep their settings."""
+    grid: Grid = Grid()
+
+
+def tune(options: cli.Flat[Tune]) -> None:
+    """Writes settings.json, which table1 takes as --settings, and tuning.json, which holds every trial's figures.
+
+    The best trial has the highest geometric mean of prompt accuracy and face similarity: one that buys either of them
+    with the other does not win.
+    """
+    if options.split == "test":
+        raise ParameterError("hyperparameters are not chosen on the split they are judged on; leave --split out")
+    trials = {name: candidates(name, options.parts, options.grid) for name in options.methods}
+    options.check(options.methods)
+    rows = rows_of(options, [each for entrants in trials.values() for each in entrants])
+    chosen = options.parts.settings
+    for name, entrants in trials.items():
+        best = max(entrants, key=lambda each: score(rows[each.label]))
+        chosen = with_settings(chosen, name, best.parts.settings.of(name))
+    store = open_store(options.output)
+    for row in rows.values():
+        row["score"] = score(row)
+    store.put(TRIALS, (json.dumps(rows, indent=2) + "\n").encode())
+    store.put(FILE, chosen.to_json().encode())
+    _show(rows)
+    print(chosen.to_json())
+
+
+def candidates(method: str, parts: Parts, grid: Grid) -> list[Entrant]:
+    """One entrant for each combination of the grid's values."""
+    values = grid.of(method)
+    entrants = []
+    for combination in itertools.product(*values.values()):
+        changes = dict(zip(values, combination, strict=True))
+        settings = with_settings(parts.settings, method, replace(parts.settings.of(method), **changes))
+        label = " ".join([method, *(f"{name}={value:g}" for name, value in changes.items())])
+        entrants.append(Entrant(label=label, method=method, parts=replace(parts, settings=settings)))
+    return entrants
+
+
+def with_settings(settings: Settings, method: str, own: Any) -> Settings:
+    """The settings with one method's replaced."""
+    return replace(settings, **{method.replace("-", "_"): own})
+
+
+def score(row: dict[str, Any]) -> float:
+    """What is maximised."""
+    return math.sqrt(row["prompt_accuracy"]["mean"] * max(row["face_similarity"]["mean"], 0.0))
+
+
+def _show(rows: dict[str, dict[str, Any]]) -> None:
+    table = Table("trial", "score", "prompt accuracy", "face similarity", "identification", "seconds")
+    for label, row in sorted(rows.items(), key=lambda item: -item[1]["score"]):
+        names = ("prompt_accuracy", "face_similarity", "identification", "seconds")
+        table.add_row(label, f"{row['score']:.3f}", *(f"{row[name]['mean']:.3f}" for name in names))
+    Console().print(table)

@@ -1,0 +1,80 @@
+"""Embedders for photographs: any face embedder in TorchScript, and a vision transformer such as DINO."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+from transformers import ViTImageProcessorPil, ViTModel
+
+from instantbooth.errors import WeightsError
+from instantbooth.model.loading import silent_loading
+
+BATCH = 32
+
+
+class FaceEmbedder:
+    """A TorchScript file that maps pixels [N, 3, size, size] in −1 … 1 to embeddings [N, D].
+
+    That is how facenet-pytorch's Inception-ResNet-V1 reads them. Pictures are cut to their middle square; faces are
+    not searched for: give a file that does both where they are small.
+    """
+
+    def __init__(self, path: Path, *, size: int = 160) -> None:
+        """Loads the file and tries it on a black picture. WeightsError where it is none, or embeds otherwise."""
+        self.size = size
+        try:
+            self.model = torch.jit.load(str(path), map_location="cpu").eval()
+            with torch.no_grad():
+                tried = self.model(torch.zeros(1, 3, size, size))
+        except (RuntimeError, ValueError, OSError) as error:
+            raise WeightsError(
+                f"{path} is no TorchScript face embedder for pictures of {size} pixels ({error}); save one by "
+                "torch.jit.trace(model, pixels).save(path)"
+            ) from error
+        if not isinstance(tried, Tensor) or tried.ndim != 2 or len(tried) != 1:
+            shape = tuple(tried.shape) if isinstance(tried, Tensor) else type(tried).__name__
+            raise WeightsError(f"{path} must give embeddings [N, D], gives {shape} for one picture; name another file")
+
+    @torch.no_grad()
+    def embed(self, images: Sequence[Image.Image]) -> Tensor:
+        """Embeddings [N, D] of unit length."""
+        parts = []
+        for batch in _batches(images):
+            squares = [ImageOps.fit(image.convert("RGB"), (self.size, self.size)) for image in batch]
+            pixels = np.stack([np.asarray(square, np.float32) for square in squares]) / 127.5 - 1
+            parts.append(self.model(torch.from_numpy(pixels).permute(0, 3, 1, 2)))
+        return F.normalize(torch.cat(parts).float(), dim=-1)
+
+
+class VisionTransformer:
+    """A ViT's class token, as DreamBench compares subjects by DINO (ViT-S/16)."""
+
+    def __init__(self, folder: Path) -> None:
+        """Loads transformers' folder. WeightsError where it is none."""
+        try:
+            with silent_loading():
+                self.model = ViTModel.from_pretrained(folder, add_pooling_layer=False).eval()
+            self.processor = ViTImageProcessorPil.from_pretrained(folder)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise WeightsError(
+                f"{folder} holds no ViT ({error}); name a folder such as facebook/dino-vits16"
+            ) from error
+
+    @torch.no_grad()
+    def embed(self, images: Sequence[Image.Image]) -> Tensor:
+        """Embeddings [N, D] of unit length."""
+        parts = []
+        for batch in _batches(images):
+            pixels = self.processor(images=[image.convert("RGB") for image in batch], return_tensors="pt")
+            parts.append(self.model(pixel_values=pixels["pixel_values"]).last_hidden_state[:, 0])
+        return F.normalize(torch.cat(parts).float(), dim=-1)
+
+
+def _batches(images: Sequence[Image.Image]) -> Iterator[Sequence[Image.Image]]:
+    return (images[start : start + BATCH] for start in range(0, len(images), BATCH))

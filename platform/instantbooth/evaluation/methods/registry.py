@@ -1,0 +1,168 @@
+"""The methods by name, and the settings that each of them runs with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from instantbooth import Personalizer
+from instantbooth.errors import ParameterError, did_you_mean
+from instantbooth.evaluation.ip_adapter import weights
+from instantbooth.evaluation.methods.dreambooth import DreamBooth, DreamBoothConfig
+from instantbooth.evaluation.methods.interface import Method, Sampling
+from instantbooth.evaluation.methods.ip_adapter import IPAdapter, IPAdapterConfig
+from instantbooth.evaluation.methods.personalizer import InstantBooth, InstantBoothConfig
+from instantbooth.evaluation.methods.textual_inversion import TextualInversion, TextualInversionConfig
+from instantbooth.model.base import BaseModel, locate
+from instantbooth.presets import ModelPreset
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Hyperparameters of the methods; the defaults are the miniature's."""
+
+    textual_inversion: TextualInversionConfig = TextualInversionConfig()
+    dreambooth: DreamBoothConfig = DreamBoothConfig()
+    dreambooth_lora: DreamBoothConfig = DreamBoothConfig(lora_rank=8, learning_rate=1e-3)
+    ip_adapter: IPAdapterConfig = IPAdapterConfig(variant="global")
+    ip_adapter_plus: IPAdapterConfig = IPAdapterConfig(variant="plus")
+    instantbooth: InstantBoothConfig = InstantBoothConfig()
+    instantbooth_masked: InstantBoothConfig = InstantBoothConfig()
+
+    def of(self, method: str) -> Any:
+        """One method's."""
+        return getattr(self, method.replace("-", "_"))
+
+    def to_json(self) -> str:
+        """What `from_json` reads."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, defaults: Settings | None = None, *, name: str = "the settings") -> Settings:
+        """Settings from JSON; what is missing is as in `defaults`. ParameterError for an unknown method or field."""
+        try:
+            values: dict[str, dict[str, Any]] = json.loads(text)
+            chosen = {}
+            for each in fields(cls):
+                known = getattr(defaults or cls(), each.name)
+                chosen[each.name] = type(known)(**(asdict(known) | values.pop(each.name, {})))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ParameterError(f"{name} cannot be read ({error}); write what `jobs.evaluate tune` writes") from error
+        if values:
+            raise ParameterError(f"{name} names {', '.join(values)}. {did_you_mean(next(iter(values)), chosen)}")
+        return cls(**chosen)
+
+
+STABLE_DIFFUSION = Settings(
+    textual_inversion=TextualInversionConfig(steps=3000, learning_rate=2e-3, weight_decay=0.01),
+    dreambooth=DreamBoothConfig(steps=800, learning_rate=5e-6, batch_size=1, prior_pictures=200),
+    dreambooth_lora=DreamBoothConfig(steps=800, learning_rate=1e-4, batch_size=1, prior_pictures=200, lora_rank=8),
+    ip_adapter=IPAdapterConfig(variant="global", scale=0.6),
+    ip_adapter_plus=IPAdapterConfig(variant="plus", scale=0.6),
+)
+"""What the authors and diffusers' own examples use: where tuning on validation identities starts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What methods are built of."""
+
+    models: ModelPreset
+    """Base, image encoder, segmenter, and InstantBooth's weights."""
+    ip_adapter: Path
+    """Folder with global/ and plus/, each with an ip_adapter.safetensors."""
+    sampling: Sampling
+    settings: Settings
+    device: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A method as tables show it, and how it is built."""
+
+    title: str
+    build: Callable[[Parts], Method[Any]]
+    tuned: bool = False
+    """Whether it optimises for each subject."""
+
+
+def _booth(parts: Parts) -> Personalizer:
+    models = parts.models
+    return Personalizer.from_pretrained(
+        locate(models.base),
+        weights=models.weights,
+        image_encoder=models.image_encoder,
+        segmenter=models.segmenter,
+        device=parts.device,
+    )
+
+
+def _base(parts: Parts) -> BaseModel:
+    return BaseModel.load(parts.models.base, device=torch.device(parts.device), dtype=torch.float32)
+
+
+def _ip_adapter(parts: Parts, config: IPAdapterConfig) -> IPAdapter:
+    image_encoder = locate(parts.models.image_encoder)
+    return IPAdapter(_base(parts), image_encoder, _ip_adapter_file(parts, config), parts.sampling, config)
+
+
+def _ip_adapter_file(parts: Parts, config: IPAdapterConfig) -> Path:
+    return parts.ip_adapter / config.variant / weights.FILE
+
+
+METHODS: Mapping[str, Entry] = {
+    "textual-inversion": Entry(
+        title="Textual Inversion",
+        build=lambda parts: TextualInversion(_base(parts), parts.sampling, parts.settings.textual_inversion),
+        tuned=True,
+    ),
+    "dreambooth": Entry(
+        title="DreamBooth",
+        build=lambda parts: DreamBooth(_base(parts), parts.sampling, parts.settings.dreambooth),
+        tuned=True,
+    ),
+    "dreambooth-lora": Entry(
+        title="DreamBooth, LoRA",
+        build=lambda parts: DreamBooth(_base(parts), parts.sampling, parts.settings.dreambooth_lora),
+        tuned=True,
+    ),
+    "ip-adapter": Entry(
+        title="IP-Adapter",
+        build=lambda parts: _ip_adapter(parts, parts.settings.ip_adapter),
+    ),
+    "ip-adapter-plus": Entry(
+        title="IP-Adapter Plus",
+        build=lambda parts: _ip_adapter(parts, parts.settings.ip_adapter_plus),
+    ),
+    "instantbooth": Entry(
+        title="InstantBooth",
+        build=lambda parts: InstantBooth(_booth(parts), parts.sampling, parts.settings.instantbooth, masked=False),
+    ),
+    "instantbooth-masked": Entry(
+        title="InstantBooth + M",
+        build=lambda parts: InstantBooth(
+            _booth(parts), parts.sampling, parts.settings.instantbooth_masked, masked=True
+        ),
+    ),
+}
+"""In the order of the paper's Table 1."""
+
+
+def check_methods(names: tuple[str, ...], parts: Parts) -> None:
+    """What can be wrong before any model is loaded: unknown names, weights that are not there.
+
+    Raises ParameterError and WeightsError.
+    """
+    for name in names:
+        if name not in METHODS:
+            raise ParameterError(f"method {name!r} is unknown. {did_you_mean(name, METHODS)}")
+        config = parts.settings.of(name)
+        if isinstance(config, IPAdapterConfig):
+            weights.load(_ip_adapter_file(parts, config), config.variant)
+        if name.startswith("instantbooth") and parts.models.weights is None:
+            raise ParameterError(f"{name} needs trained weights; pass --weights, or leave it out by --methods")

@@ -1,0 +1,51 @@
+"""IP-Adapter for the miniature world: trained on the pairs that InstantBooth is trained on, as long as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Generator, Tensor
+
+from instantbooth.errors import ParameterError
+from instantbooth.evaluation.ip_adapter.training import IPAdapterObjective
+from instantbooth.miniature.pairs import Pairs, loop_of
+from instantbooth.model.base import BaseModel
+from instantbooth.model.encoders import ImageEncoder
+from instantbooth.prompts import tokenize
+from instantbooth.training.adapters import AdapterTrainingConfig
+from instantbooth.training.loop import train
+
+
+def train_ip_adapter(
+    variant: str,
+    base: BaseModel,
+    image_encoder: ImageEncoder,
+    pairs: Pairs,
+    rounds: Sequence[AdapterTrainingConfig],
+    *,
+    folder: Path,
+) -> tuple[IPAdapterObjective, list[float]]:
+    """Trains round after round, each from the averaged weights of the last, and resumes from `folder`.
+
+    The adapter is built into the base's U-Net. Returns the objective, which holds the averaged weights, and the loss of
+    every step. ParameterError without a round.
+    """
+    if not rounds:
+        raise ParameterError("no round of training given; pass at least one AdapterTrainingConfig")
+    objective = IPAdapterObjective(base, image_encoder, variant, rounds[0])
+    ids = [tokenize(base.tokenizer, caption) for caption in pairs.corpus.captions]
+
+    def loss(examples: int, generator: Generator) -> Tensor:
+        rows, batch = pairs.draw(examples, generator)
+        value: Tensor = objective(batch | {"input_ids": torch.tensor([ids[row] for row in rows])}, generator)
+        return value
+
+    losses = []
+    for number, config in enumerate(rounds, start=1):
+        objective.config = config
+        name = f"ip-adapter-{variant}-{number}"
+        losses += train(name, objective, loss, loop_of(config), folder=folder, device=base.device)
+    objective.trained.requires_grad_(False)
+    return objective, losses

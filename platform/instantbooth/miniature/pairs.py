@@ -1,0 +1,43 @@
+"""Rendered pairs as the examples of a training: what every method that learns from them is given."""
+
+from __future__ import annotations
+
+import torch
+from torch import Generator, Tensor
+
+from instantbooth.miniature.corpus import Corpus
+from instantbooth.miniature.crops import subject_crops
+from instantbooth.training.adapters import AdapterTrainingConfig
+from instantbooth.training.loop import LoopConfig
+
+
+class Pairs:
+    """Targets as latents, and their subjects cut out, masked and augmented."""
+
+    def __init__(self, corpus: Corpus, latents: Tensor) -> None:
+        """`latents` [N, C, h, w] are the corpus's, scaled."""
+        self.corpus = corpus
+        self.latents = latents
+        self._images, self._masks = torch.from_numpy(corpus.images), torch.from_numpy(corpus.masks)
+
+    def draw(self, examples: int, generator: Generator) -> tuple[list[int], dict[str, Tensor]]:
+        """Rows of the corpus, drawn with replacement, and their `latents` and `reference_pixels` [B, 3, 64, 64]."""
+        rows = torch.randint(len(self.corpus), (examples,), generator=generator)
+        crops = subject_crops(self._images[rows], self._masks[rows], generator)
+        return rows.tolist(), {"latents": self.latents[rows], "reference_pixels": crops}
+
+
+def loop_of(config: AdapterTrainingConfig) -> LoopConfig:
+    """One machine's loop with a method's hyperparameters; the rate falls over the last quarter of the steps."""
+    return LoopConfig(
+        steps=config.steps,
+        batch_size=config.batch_size,
+        processes=2,
+        learning_rate=config.adapter_learning_rate,
+        warmup_steps=config.warmup_steps,
+        decay_steps=config.steps // 4,
+        weight_decay=config.weight_decay,
+        ema_decay=config.ema_decay,
+        clip_norm=config.clip_norm,
+        seed=config.seed,
+    )

@@ -1,0 +1,178 @@
+"""IP-Adapter's weights are the authors': diffusers' own pipeline loads them and makes the same pictures."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import Tensor
+from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+
+from instantbooth.errors import WeightsError
+from instantbooth.evaluation.ip_adapter import weights
+from instantbooth.evaluation.ip_adapter.training import IPAdapterObjective
+from instantbooth.evaluation.methods.interface import Reference, Sampling
+from instantbooth.evaluation.methods.ip_adapter import IPAdapter, IPAdapterConfig
+from instantbooth.images import subject_square
+from instantbooth.miniature.corpus import Corpus, identity_of, subject_seed
+from instantbooth.miniature.ip_adapter import train_ip_adapter
+from instantbooth.miniature.pairs import Pairs
+from instantbooth.miniature.world import Scene, render
+from instantbooth.model.base import BaseModel
+from instantbooth.model.denoise import unit_noise
+from instantbooth.model.encoders import ImageEncoder
+from instantbooth.model.weights import tensors_digest
+from instantbooth.presets import miniature_folder
+from instantbooth.prompts import tokenize
+from instantbooth.training.adapters import AdapterTrainingConfig
+from tests.tiny import portrait
+
+CPU = torch.device("cpu")
+STEPS = 4
+
+
+def objective(tiny: Path, variant: str, **settings: float) -> IPAdapterObjective:
+    base = BaseModel.load(str(tiny / "base"), device=CPU, dtype=torch.float32)
+    encoder = ImageEncoder(tiny / "clip", patch_layer=weights.PLUS_LAYER, device=CPU, dtype=torch.float32)
+    return IPAdapterObjective(base, encoder, variant, AdapterTrainingConfig(**settings))
+
+
+def batch(trained: IPAdapterObjective) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "latents": torch.randn(4, 4, 16, 16, generator=generator),
+        "reference_pixels": torch.rand(4, 3, 32, 32, generator=generator),
+        "input_ids": torch.tensor([tokenize(trained.base.tokenizer, "a photo of a cat")] * 4),
+    }
+
+
+@pytest.mark.parametrize("variant", weights.VARIANTS)
+def test_diffusers_own_pipeline_makes_the_same_pictures_of_the_saved_file(
+    variant: str, tiny: Path, tmp_path: Path
+) -> None:
+    trained = objective(tiny, variant)
+    with torch.no_grad():
+        for parameter in trained.trained[1:].parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    weights.save(trained.state(), tmp_path / weights.FILE)
+
+    base = BaseModel.load(str(tiny / "base"), device=CPU, dtype=torch.float32)
+    sampling = Sampling(sampler="ddim", num_inference_steps=STEPS, guidance_scale=3.0)
+    config = IPAdapterConfig(variant=variant, scale=0.7)
+    method = IPAdapter(base, tiny / "clip", tmp_path / weights.FILE, sampling, config)
+    subjects = [
+        [Reference(image=image, mask=mask) for image, mask in map(portrait, seeds)] for seeds in ((0, 1), (2, 3))
+    ]
+    ours = [method.generate(method.fit(each, "cat"), ["a photo of a {subject}"], [9])[0] for each in subjects]
+    assert np.abs(np.asarray(ours[0], int) - np.asarray(ours[1], int)).mean() > 1, "the references change nothing"
+
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        tiny / "base",
+        image_encoder=CLIPVisionModelWithProjection.from_pretrained(tiny / "clip"),
+        feature_extractor=CLIPImageProcessor.from_pretrained(tiny / "clip"),
+        safety_checker=None,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.load_ip_adapter(str(tmp_path), subfolder="", weight_name=weights.FILE)
+    pipeline.set_ip_adapter_scale(0.7)
+    squares = [subject_square(each.image, each.mask).resize((32, 32), 3) for each in subjects[0]]
+    theirs = pipeline(
+        "a photo of a cat",
+        ip_adapter_image=[squares],
+        num_inference_steps=STEPS,
+        guidance_scale=3.0,
+        latents=unit_noise(9, (1, 4, 16, 16), CPU),
+    ).images[0]
+    # Eight bits a channel: rounding may differ by one.
+    assert np.abs(np.asarray(ours[0], int) - np.asarray(theirs, int)).max() <= 1
+
+
+@pytest.mark.parametrize("variant", weights.VARIANTS)
+def test_training_reaches_the_adapter_alone_and_lowers_its_loss(variant: str, tiny: Path) -> None:
+    trained = objective(tiny, variant, text_dropout=0.0, image_dropout=0.3)
+    examples = batch(trained)
+    optimizer = torch.optim.AdamW(trained.trained.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(40):
+        loss = trained(examples, torch.Generator().manual_seed(3))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert min(losses[-5:]) < losses[0]
+    reached = {id(p) for p in trained.parameters() if p.grad is not None}
+    assert reached == {id(p) for p in trained.trained.parameters()}
+
+
+def test_dropped_pictures_have_the_features_of_none(tiny: Path) -> None:
+    for variant in weights.VARIANTS:
+        trained = objective(tiny, variant, text_dropout=0.0, image_dropout=1.0)
+        examples = batch(trained)
+        losses = [
+            float(trained(examples | {"reference_pixels": pixels}, torch.Generator().manual_seed(3)))
+            for pixels in (examples["reference_pixels"], 1 - examples["reference_pixels"])
+        ]
+        assert losses[0] == losses[1]
+
+
+def test_wrong_files_are_refused(tiny: Path, tmp_path: Path) -> None:
+    state = objective(tiny, "plus").state()
+    weights.save(state, tmp_path / "plus.safetensors")
+    with pytest.raises(WeightsError, match=r"no IP-Adapter of the variant 'global'"):
+        weights.load(tmp_path / "plus.safetensors", "global")
+    with pytest.raises(WeightsError, match=r"jobs\.train_ip_adapter"):
+        weights.load(tmp_path / "absent.safetensors", "plus")
+    narrow = {name: tensor[:8] for name, tensor in state["ip_adapter"].items()}
+    base = BaseModel.load(str(tiny / "base"), device=CPU, dtype=torch.float32)
+    with pytest.raises(WeightsError, match="does not fit the base"):
+        weights.check_fits(base.unet, state | {"ip_adapter": narrow}, tmp_path)
+    encoder = ImageEncoder(tiny / "clip", patch_layer=weights.PLUS_LAYER, device=CPU, dtype=torch.float32)
+    with pytest.raises(WeightsError, match=r"Did you mean 'plus'"):
+        weights.new_state(base.unet, encoder, "pluss")
+
+
+@pytest.fixture
+def elsewhere() -> Iterator[ProcessPoolExecutor]:
+    """A process without Ray, whose threads do not survive the fork that several training processes come from."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        yield pool
+
+
+def train_miniature(folder: Path) -> tuple[int, str]:
+    """Two rounds of two steps on four rendered pictures: how many losses there are, and what was learned."""
+    seeds = [subject_seed("validation", number) for number in range(4)]
+    pictures = [render(identity_of(seed), Scene()) for seed in seeds]
+    corpus = Corpus(
+        images=np.stack([np.asarray(each.image) for each in pictures]),
+        masks=np.stack([np.asarray(each.mask) for each in pictures]),
+        identities=np.array(seeds),
+        labels=np.zeros((4, 1), np.int64),
+        captions=["a photo of a cat"] * 4,
+        nouns=["cat"] * 4,
+        descriptions=[""] * 4,
+    )
+    models = miniature_folder()
+    base = BaseModel.load(str(models / "base"), device=CPU, dtype=torch.float32)
+    encoder = ImageEncoder(models / "clip", patch_layer=weights.PLUS_LAYER, device=CPU, dtype=torch.float32)
+    pairs = Pairs(corpus, torch.randn(4, 8, 16, 16, generator=torch.Generator().manual_seed(0)))
+    rounds = [AdapterTrainingConfig(steps=2, batch_size=2, seed=seed) for seed in range(2)]
+    trained, losses = train_ip_adapter("global", base, encoder, pairs, rounds, folder=folder)
+    return len(losses), tensors_digest(trained.state()["ip_adapter"])
+
+
+def test_a_training_that_is_started_again_ends_with_the_same_weights(
+    tmp_path: Path, elsewhere: ProcessPoolExecutor
+) -> None:
+    in_peace = elsewhere.submit(train_miniature, tmp_path / "in peace").result()
+    assert in_peace[0] == 4
+    folder = tmp_path / "again"
+    shutil.copytree(tmp_path / "in peace", folder)
+    (folder / "ip-adapter-global-2.pt").unlink()
+    assert elsewhere.submit(train_miniature, folder).result() == in_peace
