@@ -62,10 +62,11 @@ def test_another_subject_gives_another_picture(miniature: Personalizer, exam: Ex
 
 
 def test_the_segmenter_finds_the_subject_where_no_mask_is_given(miniature: Personalizer) -> None:
-    assert miniature.segmenter is not None
+    segmenter = miniature.subject_encoder.segmenter
+    assert segmenter is not None
     for number, noun in ((0, "woman"), (1, "kitten")):
         for photo in photos(number, 3):
-            found = np.asarray(miniature.segmenter.masks([photo.image], noun)[0]) > 127
+            found = np.asarray(segmenter.masks([photo.image], noun)[0]) > 127
             wanted = np.asarray(photo.mask) > 127
             assert (found & wanted).sum() / (found | wanted).sum() > 0.6
 
