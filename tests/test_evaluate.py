@@ -106,7 +106,7 @@ def test_other_settings_weights_or_sampling_are_other_cells(tmp_path: Path) -> N
 def test_what_is_wrong_is_said_before_any_model_runs(
     changes: dict[str, object], error: type[Exception], words: str, tmp_path: Path
 ) -> None:
-    options = replace(small_table(tmp_path), methods=("instantbooth",), **changes)
+    options = replace(small_table(tmp_path), **{"methods": ("instantbooth",), **changes})
     with pytest.raises(error, match=words):
         table1(options)
     assert not (tmp_path / "cells").exists()
