@@ -63,13 +63,13 @@ class Recipe:
     adapters: AdapterTrainingConfig = AdapterTrainingConfig(steps=3500)
     refinement: AdapterTrainingConfig = AdapterTrainingConfig(steps=4500)
     """A round from the averaged weights of the last: a fresh optimizer, the learning rate up and down again."""
-    refinement_rounds: int = 2
+    refinement_rounds: int = 3
     """How many; round n draws its random numbers from seed n."""
     defaults: GenerationDefaults = GenerationDefaults(
         adapter_scale=1.0, concept_scale=1.0, guidance_scale=3.0, num_inference_steps=25
     )
     """Sampling parameters; α and β are chosen on validation identities at the end."""
-    validation_subjects: int = 16
+    validation_subjects: int = 50
     """Identities, with four prompts each, on which α and β are chosen."""
 
 
