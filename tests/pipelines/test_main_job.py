@@ -119,6 +119,7 @@ def personalized(
             model=project.model,
             diffusion=Pool(),
             row_budget=6,
+            exact=True,
         )
     )
     succeeded, failed = (
