@@ -99,6 +99,11 @@ class BaseModel:
         return pictures
 
 
+def device_of(device: str | torch.device | None) -> torch.device:
+    """The named one, else a GPU where there is one."""
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 def locate(name_or_path: str) -> Path:
     """A local folder as it is, a hub name as its snapshot. BaseModelError where neither is found."""
     folder = Path(name_or_path)

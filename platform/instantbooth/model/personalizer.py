@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from instantbooth.config import GenerationDefaults, WeightsConfig
 from instantbooth.errors import ConceptError, ParameterError, PromptError
 from instantbooth.model.adapter import KeysValues, attach
-from instantbooth.model.base import BaseModel
+from instantbooth.model.base import BaseModel, device_of
 from instantbooth.model.conditioning import Concept, concept_keys_values, inject
 from instantbooth.model.denoise import Row, denoise, unit_noise
 from instantbooth.model.encoders import Encoders
@@ -90,10 +90,10 @@ class Personalizer:
         segmentation model.
         Raises BaseModelError and WeightsError.
         """
-        parts, config = trained_parts(model, weights, image_encoder, segmenter)
+        parts, folder, config = trained_parts(model, weights, image_encoder, segmenter)
         booth = cls._assemble(parts, config.defaults, device, dtype)
         booth.placeholder_token = config.placeholder_token
-        load_weights(Path(str(parts.weights)), booth.trained)
+        load_weights(folder, booth.trained)
         return booth
 
     @classmethod
@@ -118,7 +118,7 @@ class Personalizer:
     def _assemble(
         cls, parts: ModelPreset, defaults: GenerationDefaults, device: str | torch.device | None, dtype: torch.dtype
     ) -> Personalizer:
-        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        target = device_of(device)
         base = BaseModel.load(parts.base, device=target, dtype=dtype)
         subject_encoder = SubjectEncoder.assemble(parts, text_width=base.text_width, device=target, dtype=dtype)
         return cls(base, subject_encoder, defaults)

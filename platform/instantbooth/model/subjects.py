@@ -13,7 +13,7 @@ from torch import Tensor
 
 from instantbooth.errors import ImageError
 from instantbooth.images import check_image, check_mask, subject_square
-from instantbooth.model.base import locate
+from instantbooth.model.base import device_of, locate
 from instantbooth.model.conditioning import Concept
 from instantbooth.model.encoders import Encoders, ImageEncoder
 from instantbooth.model.segmentation import Segmenter
@@ -58,14 +58,9 @@ class SubjectEncoder:
 
         Raises WeightsError.
         """
-        parts, config = trained_parts(model, weights, image_encoder, segmenter)
-        encoder = cls.assemble(
-            parts,
-            text_width=config.text_width,
-            device=torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")),
-            dtype=dtype,
-        )
-        load_weights(Path(str(parts.weights)), encoder.encoders, prefix="encoders.")
+        parts, folder, config = trained_parts(model, weights, image_encoder, segmenter)
+        encoder = cls.assemble(parts, text_width=config.text_width, device=device_of(device), dtype=dtype)
+        load_weights(folder, encoder.encoders, prefix="encoders.")
         encoder.encoders.requires_grad_(False)
         return encoder
 

@@ -52,13 +52,14 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 def trained_parts(
     model: str | Path, weights: str | Path | None, image_encoder: str | Path | None, segmenter: str | Path | None
-) -> tuple[ModelPreset, WeightsConfig]:
-    """What `model_parts` finds, as its weights want it, and their config.json. WeightsError where there are none."""
+) -> tuple[ModelPreset, Path, WeightsConfig]:
+    """What `model_parts` finds, as its weights want it; their folder and config.json. WeightsError without any."""
     parts = model_parts(model, weights, image_encoder, segmenter)
     if parts.weights is None:
         raise WeightsError(f"{model} comes without trained weights; pass weights=, a folder from training")
-    config = WeightsConfig.load(Path(parts.weights) / CONFIG_FILE)
-    return replace(parts, patch_layer=config.patch_layer), config
+    folder = Path(parts.weights)
+    config = WeightsConfig.load(folder / CONFIG_FILE)
+    return replace(parts, patch_layer=config.patch_layer), folder, config
 
 
 def load_weights(folder: Path, trained: nn.Module, *, prefix: str = "") -> None:
