@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from instantbooth.errors import ParameterError
+from instantbooth.model.objective import subject_weights
 from instantbooth.training.adapters import AdapterObjective, AdapterTrainingConfig, ExamplePreparer, optimizer_for
 from instantbooth.training.ema import EMA
 from tests.tiny import portrait, tiny_booth
@@ -62,6 +64,26 @@ def test_the_same_generator_gives_the_same_loss(tiny: Path, batch: dict[str, Ten
     objective = AdapterObjective(tiny_booth(tiny), AdapterTrainingConfig())
     losses = [objective(batch, torch.Generator().manual_seed(seed)).item() for seed in (1, 1, 2)]
     assert losses[0] == losses[1] != losses[2]
+
+
+def test_the_background_weighs_what_was_asked_and_every_picture_the_same(tiny: Path, batch: dict[str, Tensor]) -> None:
+    weights = subject_weights(batch["subject_mask"], 0.25)
+    for covered, own in zip(batch["subject_mask"], weights, strict=True):
+        assert float(own[covered == 0].max() / own[covered == 1].min()) == pytest.approx(0.25)
+        assert float(own.mean()) == pytest.approx(1.0)
+
+    def loss(background_weight: float, covered: Tensor) -> float:
+        objective = AdapterObjective(tiny_booth(tiny), AdapterTrainingConfig(background_weight=background_weight))
+        value: Tensor = objective(batch | {"subject_mask": covered}, torch.Generator().manual_seed(1))
+        return value.item()
+
+    assert loss(0.25, batch["subject_mask"]) != loss(1.0, batch["subject_mask"])
+    assert loss(0.25, torch.ones_like(batch["subject_mask"])) == loss(1.0, batch["subject_mask"])
+
+
+def test_a_background_weight_out_of_range_is_refused() -> None:
+    with pytest.raises(ParameterError, match=r"background_weight must be between 0 and 1, is 1\.5"):
+        AdapterTrainingConfig(background_weight=1.5)
 
 
 def test_examples_hide_the_background_from_the_reference(tiny: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from instantbooth.miniature.corpus import Corpus
@@ -21,10 +22,15 @@ class Pairs:
         self._images, self._masks = torch.from_numpy(corpus.images), torch.from_numpy(corpus.masks)
 
     def draw(self, examples: int, generator: Generator) -> tuple[list[int], dict[str, Tensor]]:
-        """Rows of the corpus, drawn with replacement, and their `latents` and `reference_pixels` [B, 3, 64, 64]."""
+        """Rows of the corpus, drawn with replacement, and what a training computes the loss of.
+
+        That is `latents` [B, C, h, w], `reference_pixels` [B, 3, 64, 64] and `subject_mask` [B, 1, h, w].
+        """
         rows = torch.randint(len(self.corpus), (examples,), generator=generator)
         crops = subject_crops(self._images[rows], self._masks[rows], generator)
-        return rows.tolist(), {"latents": self.latents[rows], "reference_pixels": crops}
+        latents = self.latents[rows]
+        covered = F.adaptive_avg_pool2d(self._masks[rows, None].float() / 255, latents.shape[-2:])
+        return rows.tolist(), {"latents": latents, "reference_pixels": crops, "subject_mask": covered}
 
 
 def loop_of(config: AdapterTrainingConfig) -> LoopConfig:

@@ -23,9 +23,19 @@ def signal_and_noise(timesteps: Tensor, schedule: NoiseSchedule, like: Tensor) -
     return kept.sqrt().to(like), (1 - kept).sqrt().to(like)
 
 
-def denoising_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """L = E ‖target − prediction‖²."""
-    return F.mse_loss(prediction.float(), target.float())
+def denoising_loss(prediction: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+    """L = E ‖target − prediction‖²; with weights [B, 1, h, w], the weighted squares' mean."""
+    errors = F.mse_loss(prediction.float(), target.float(), reduction="none")
+    return errors.mean() if weights is None else (errors * weights).mean()
+
+
+def subject_weights(covered: Tensor, background_weight: float) -> Tensor:
+    """Weights [B, 1, h, w] of mean 1 in every picture, from the share of each latent pixel that the subject covers.
+
+    A pixel without the subject has `background_weight` times the weight of one that is all subject.
+    """
+    weights = background_weight + (1 - background_weight) * covered
+    return weights / weights.mean(dim=(1, 2, 3), keepdim=True).clamp(min=1e-3)
 
 
 def draw_timesteps(rows: int, schedule: NoiseSchedule, generator: torch.Generator) -> Tensor:

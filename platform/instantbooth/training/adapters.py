@@ -12,13 +12,13 @@ from PIL import Image
 from torch import Generator, Tensor, nn
 from transformers import CLIPTokenizer
 
-from instantbooth.errors import BaseModelError
+from instantbooth.errors import BaseModelError, ParameterError
 from instantbooth.images import Augmentation, augment, crop_subject, mask_background
 from instantbooth.model.adapter import References, adapter_kwargs
 from instantbooth.model.base import BaseModel, locate
 from instantbooth.model.conditioning import inject
 from instantbooth.model.encoders import resize_to_tensor
-from instantbooth.model.objective import add_noise, denoising_loss, draw_timesteps
+from instantbooth.model.objective import add_noise, denoising_loss, draw_timesteps, subject_weights
 from instantbooth.model.personalizer import Personalizer
 from instantbooth.prompts import SUBJECT_FIELD, expand, tokenize_subject
 
@@ -49,8 +49,17 @@ class AdapterTrainingConfig:
     """Share of rows trained without patch features (β = 0)."""
     both_dropout: float = 0.0
     """Share of rows trained without both, beside those that the two above meet by chance."""
+    background_weight: float = 1.0
+    """The loss's weight outside the subject, against 1 on it; 1 is the paper's plain loss. What adapters can learn is
+    on the subject: less of the rest is less noise in their gradients."""
     seed: int = 0
     """All random numbers follow from it."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.background_weight <= 1:
+            raise ParameterError(
+                f"background_weight must be between 0 and 1, is {self.background_weight:g}; 1 is the paper's loss"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,10 +80,17 @@ class ExamplePreparer:
     """A pair becomes a training example, on a CPU worker; holds no model weights and pickles small."""
 
     def __init__(
-        self, *, tokenizer: CLIPTokenizer, image_size: int, encoder_size: int, augmentation: Augmentation | None = None
+        self,
+        *,
+        tokenizer: CLIPTokenizer,
+        image_size: int,
+        latent_size: int,
+        encoder_size: int,
+        augmentation: Augmentation | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.image_size = image_size
+        self.latent_size = latent_size
         self.encoder_size = encoder_size
         self.augmentation = augmentation or Augmentation()
 
@@ -92,6 +108,7 @@ class ExamplePreparer:
         return cls(
             tokenizer=tokenizer,
             image_size=unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1),
+            latent_size=unet["sample_size"],
             encoder_size=vision.get("vision_config", vision)["image_size"],
             augmentation=augmentation,
         )
@@ -101,15 +118,18 @@ class ExamplePreparer:
     ) -> dict[str, NDArray[np.generic]]:
         """The target is the picture as it is; the reference its subject: masked, cropped, heavily augmented.
 
-        `caption` holds "{subject}" once. Returns pixel_values [3, H, W] in −1 … 1, reference_pixels [3, h, w] in
-        0 … 1, input_ids [T], bare_ids [T] ("V̂ noun" alone), and the position of V̂ in both [].
+        `caption` holds "{subject}" once. Returns pixel_values [3, H, W] in −1 … 1, subject_mask [1, h, w], the share
+        of each latent pixel that the subject covers, reference_pixels [3, s, s] in 0 … 1, input_ids [T], bare_ids [T]
+        ("V̂ noun" alone), and the position of V̂ in both [].
         """
         picture = image.convert("RGB")
         reference = augment(mask_background(*crop_subject(picture, mask)), rng, settings=self.augmentation)
+        covered = mask.convert("L").resize((self.latent_size,) * 2, Image.Resampling.BOX)
         ids, position = tokenize_subject(self.tokenizer, expand(caption, noun))
         bare_ids, bare_position = tokenize_subject(self.tokenizer, expand(SUBJECT_FIELD, noun))
         return {
             "pixel_values": (resize_to_tensor(picture, self.image_size) * 2 - 1).numpy(),
+            "subject_mask": np.asarray(covered, np.float32)[None] / 255,
             "reference_pixels": resize_to_tensor(reference, self.encoder_size).numpy(),
             "input_ids": np.array(ids, np.int64),
             "placeholder_position": np.array(position, np.int64),
@@ -160,7 +180,8 @@ class AdapterObjective(nn.Module):
         prediction = base.unet(
             noisy, timesteps, prompt_embeds, cross_attention_kwargs=adapter_kwargs(references)
         ).sample
-        return denoising_loss(prediction, target)
+        weights = subject_weights(batch["subject_mask"].to(base.device), self.config.background_weight)
+        return denoising_loss(prediction, target, weights)
 
     def draw_at(self, positions: Tensor) -> Draws:
         """Random numbers of the samples at these positions of the training: each depends on its own position alone."""
