@@ -104,6 +104,7 @@ def train(config: TrainConfig) -> TrainReport:
     preparer = ExamplePreparer(
         tokenizer=booth.base.tokenizer,
         image_size=booth.base.image_size,
+        latent_size=int(booth.base.unet.config.sample_size),
         encoder_size=booth.image_encoder.size,
     )
     job = TrainingJob(config=config, shards=shards, prepare=preparer)
@@ -128,13 +129,20 @@ def check_cluster(config: TrainConfig) -> None:
             )
 
 
+class _InterruptibleTrainer(TorchTrainer):
+    """Ctrl-C stays a KeyboardInterrupt: Ray Train's own handler ends the process, and stays behind after training."""
+
+    def _register_sigint_handler(self, controller: object) -> None:
+        pass
+
+
 def _fit(job: TrainingJob) -> Ending:
     """Runs the workers, restarted as often as max_failures says; a bar follows them."""
     config = job.config
     monitor = ray.remote(Monitor).options(num_cpus=0).remote()
     # Ray Train's own folder stays empty: checkpoints are the run's, and it would resume no data position.
     with tempfile.TemporaryDirectory() as scratch, _asked_to_stop(monitor):
-        trainer = TorchTrainer(
+        trainer = _InterruptibleTrainer(
             train_worker,
             train_loop_config={"job": job, "monitor": monitor},
             scaling_config=ScalingConfig(
@@ -176,14 +184,11 @@ def _asked_to_stop(monitor: ray.actor.ActorHandle) -> Iterator[None]:
 
     teller = threading.Thread(target=tell, daemon=True)
     teller.start()
-    # Ray Train sets a handler for SIGINT and leaves it behind: Ctrl-C would be lost on whatever comes after.
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGTERM, before)
         over.set()
         asked.set()
         teller.join()
