@@ -66,14 +66,19 @@ def test_the_segmenter_finds_the_subject_where_no_mask_is_given(miniature: Perso
     assert segmenter is not None
     for number, noun in ((0, "woman"), (1, "kitten")):
         for photo in photos(number, 3):
-            found = np.asarray(segmenter.masks([photo.image], noun)[0]) > 127
+            found = np.asarray(segmenter.mask(photo.image, noun)) > 127
             wanted = np.asarray(photo.mask) > 127
             assert (found & wanted).sum() / (found | wanted).sum() > 0.6
 
 
 def test_a_picture_without_subject_is_refused(miniature: Personalizer) -> None:
-    with pytest.raises(ImageError, match="no cat found"):
-        miniature.encode([Image.new("RGB", (64, 64), "white")], "cat")
+    with pytest.raises(ImageError, match="image 2: no cat found"):
+        miniature.encode([photos(1, 1)[0].image, Image.new("RGB", (64, 64), "white")], "cat")
+
+
+def test_an_alpha_channel_that_hides_nothing_is_no_mask(miniature: Personalizer) -> None:
+    photo = photos(0, 1)[0].image
+    assert miniature.encode([photo.convert("RGBA")]).digest == miniature.encode([photo]).digest
 
 
 def test_concepts_survive_the_disk(miniature: Personalizer, tmp_path_factory: pytest.TempPathFactory) -> None:

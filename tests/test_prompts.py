@@ -48,6 +48,16 @@ def test_a_subject_beyond_the_text_encoders_reach_is_refused(tokenizer: CLIPToke
         tokenize_subject(tokenizer, expand("a photo of " * 12 + "{subject}", "person"))
 
 
+def test_the_last_token_that_the_text_encoder_reads_may_be_the_subject(tokenizer: CLIPTokenizer) -> None:
+    before = len(tokenizer("", add_special_tokens=True)["input_ids"]) - 1
+    room = tokenizer.model_max_length - 2 - before
+    ids, position = tokenize_subject(tokenizer, expand("a " * room + "{subject}", "person"))
+    assert position == tokenizer.model_max_length - 2
+    assert len(ids) == tokenizer.model_max_length
+    with pytest.raises(PromptError, match="name the subject earlier"):
+        tokenize_subject(tokenizer, expand("a " * (room + 1) + "{subject}", "person"))
+
+
 @given(words=st.lists(st.sampled_from(["a", "photo", "of", "beach", "cat", "wearing", "the", "ü"]), max_size=40))
 def test_padding_equals_the_tokenizers_own(tokenizer: CLIPTokenizer, words: list[str]) -> None:
     text = " ".join(words)

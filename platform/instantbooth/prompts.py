@@ -38,7 +38,9 @@ class Tokenizer(Protocol):
     model_max_length: int
     eos_token_id: int
 
-    def __call__(self, text: str, *, add_special_tokens: bool = ...) -> Mapping[str, list[int]]: ...
+    def __call__(
+        self, text: str, *, add_special_tokens: bool = ..., verbose: bool = ...
+    ) -> Mapping[str, list[int]]: ...
 
 
 def class_of(noun: str) -> str:
@@ -88,7 +90,7 @@ def placeholder_tokens(tokenizer: Tokenizer, placeholder: str) -> list[int]:
 
 def tokenize(tokenizer: Tokenizer, text: str) -> list[int]:
     """Token ids of a prompt without a subject, cut and padded to the model's length, as Stable Diffusion does."""
-    ids = list(tokenizer(text)["input_ids"])
+    ids = list(tokenizer(text, verbose=False)["input_ids"])
     return _fit(ids[: tokenizer.model_max_length - 1], tokenizer)
 
 
@@ -98,7 +100,7 @@ def tokenize_subject(tokenizer: Tokenizer, text: str, placeholder: str = PLACEHO
     Raises PromptError where the placeholder is missing, doubled, or lies beyond the model's length.
     """
     wanted = placeholder_tokens(tokenizer, placeholder)
-    ids = list(tokenizer(text)["input_ids"])
+    ids = list(tokenizer(text, verbose=False)["input_ids"])
     starts = [i for i in range(len(ids) - len(wanted) + 1) if ids[i : i + len(wanted)] == wanted]
     if len(starts) != 1:
         rule = "does not hold" if not starts else f"holds {len(starts)} times"

@@ -1,5 +1,6 @@
 """What users get wrong is told at once, in the project's own errors, before any model runs."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,8 @@ def concept(booth: Personalizer) -> Concept:
         ([], None, "person", ImageError, "0 reference images given; pass 1 to 16"),
         ([portrait(0)[0]] * 17, None, "person", ImageError, "17 reference images"),
         (portrait(0)[0], None, "person", ImageError, "pass a list"),
+        ([portrait(0)[0]], portrait(0)[1], "person", ImageError, "masks is Image; pass a list"),
+        ([portrait(0)[0]], 1, "person", ImageError, "masks is int; pass a list"),
         (["ada.jpg"], None, "person", ImageError, "must be a PIL image"),
         ([Image.new("RGB", (1, 1))], None, "person", ImageError, "image 1"),
         ([portrait(0)[0]], [], "person", ImageError, "0 masks given for 1 images"),
@@ -73,6 +76,7 @@ def test_every_ordinary_kind_of_picture_is_taken(booth: Personalizer, mode: str)
         ({"prompts": ["a photo"]}, PromptError, "names no subject"),
         ({"prompts": []}, PromptError, "no prompts given"),
         ({"prompts": [3]}, PromptError, "is int, not text"),
+        ({"prompts": None}, PromptError, "prompts is NoneType; pass a text"),
         ({"concepts": "ada.safetensors"}, ParameterError, "pass what encode or Concept.load returned"),
     ],
 )
@@ -87,14 +91,29 @@ def test_folders(tiny: Path, booth: Personalizer, tmp_path: Path) -> None:
     def load(base: Path | str = tiny / "base", **parts: object) -> None:
         Personalizer.from_pretrained(base, **({"image_encoder": tiny / "clip", "weights": tmp_path / "w"} | parts))
 
+    def spoiled(part: str, file: str) -> Path:
+        """A copy of the folder in which one file is what a clone without large files has in its place."""
+        copy = tmp_path / f"{part} without {Path(file).name}"
+        shutil.copytree(tiny / part, copy, dirs_exist_ok=True)
+        (copy / file).write_text('["version https://git-lfs.github.com/spec/v1"]')
+        return copy
+
     booth.save_weights(tmp_path / "w")
     load()
     (tmp_path / "empty").mkdir()
+    xl = tmp_path / "xl"
+    shutil.copytree(tiny / "base", xl)
+    (xl / "text_encoder_2").mkdir()
     cases: list[tuple[type[Exception], str, dict[str, object]]] = [
         (BaseModelError, "lacks tokenizer, text_encoder", {"base": tmp_path / "empty"}),
         (WeightsError, "Did you mean 'miniature'", {"base": "minature"}),
         (WeightsError, "config.json does not exist", {"weights": tmp_path / "nowhere"}),
         (WeightsError, "no CLIP image encoder", {"image_encoder": tmp_path / "empty"}),
+        (WeightsError, "no CLIP image encoder", {"image_encoder": spoiled("clip", "model.safetensors")}),
+        (BaseModelError, "cannot be loaded as", {"base": spoiled("base", "text_encoder/model.safetensors")}),
+        (BaseModelError, "cannot be loaded as", {"base": spoiled("base", "unet/diffusion_pytorch_model.safetensors")}),
+        (BaseModelError, "cannot be loaded as", {"base": spoiled("base", "scheduler/scheduler_config.json")}),
+        (BaseModelError, "Stable Diffusion XL folder", {"base": xl}),
         (WeightsError, "comes without trained weights", {"weights": None}),
     ]
     for error, message, arguments in cases:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -41,8 +42,9 @@ class BaseModel:
                 text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=dtype)
             vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=dtype)
             unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype)
-            scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-        except (OSError, ValueError, RuntimeError) as error:
+            scheduler = dict(json.loads((folder / "scheduler" / "scheduler_config.json").read_text()))
+            schedule = NoiseSchedule.from_config(scheduler)
+        except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
             raise BaseModelError(f"{folder} cannot be loaded as Stable Diffusion 1.x: {error}") from error
         for module in (text_encoder, vae, unet):
             module.requires_grad_(False).eval().to(device)
@@ -51,7 +53,7 @@ class BaseModel:
             text_encoder=text_encoder,
             vae=vae,
             unet=unet,
-            schedule=NoiseSchedule.from_config(scheduler),
+            schedule=schedule,
         )
 
     @property

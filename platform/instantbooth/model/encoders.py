@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPVisionModelWithProjection
 
@@ -29,7 +30,7 @@ class ImageEncoder(nn.Module):
             settings = json.loads((folder / "preprocessor_config.json").read_text())
             with silent_loading():
                 self.tower = CLIPVisionModelWithProjection.from_pretrained(folder, dtype=dtype).to(device)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise WeightsError(f"{folder} is no CLIP image encoder ({error}); name a CLIP folder") from error
         self.tower.requires_grad_(False).eval()
         self.size = int(self.tower.config.image_size)

@@ -94,8 +94,8 @@ class SubjectEncoder:
         """Makes a concept of N ≥ 1 pictures of one subject.
 
         Each picture is cropped to the subject and its background blacked, as in training. The mask is the given one,
-        else the alpha channel, else what the segmentation model finds; without any, or with `masked=False`, the
-        picture is used as it is, as in the paper's own inference. Raises ImageError and ParameterError.
+        else the alpha channel where anything is transparent, else what the segmentation model finds; without any, or
+        with `masked=False`, the picture is used as it is, as in the paper's own inference. Raises ImageError and ParameterError.
         """
         return self.encode_subjects([self.prepare(images, class_noun, masks, masked=masked)])[0]
 
@@ -111,7 +111,10 @@ class SubjectEncoder:
         """The part of `encode` that looks at pictures one by one: all that can be wrong with them is found here."""
         class_of(class_noun)
         references = _check_references(images, masks)
-        prepared = [self._prepare(image, mask, class_noun, masked) for image, mask in references]
+        prepared = [
+            self._prepare(image, mask, f"image {number}", class_noun, masked)
+            for number, (image, mask) in enumerate(references, start=1)
+        ]
         return Subject(
             pixels=torch.stack([self.image_encoder.preprocess(image) for image in prepared]),
             class_noun=class_noun,
@@ -138,11 +141,13 @@ class SubjectEncoder:
             )
         ]
 
-    def _prepare(self, image: Image.Image, mask: Image.Image | None, class_noun: str, masked: bool) -> Image.Image:
-        if mask is None and image.mode == "RGBA":
+    def _prepare(
+        self, image: Image.Image, mask: Image.Image | None, name: str, class_noun: str, masked: bool
+    ) -> Image.Image:
+        if mask is None and image.mode == "RGBA" and image.getchannel("A").getextrema()[0] < 255:
             mask = image.getchannel("A")
         if mask is None and masked and self.segmenter is not None:
-            mask = self.segmenter.masks([image.convert("RGB")], class_noun)[0]
+            mask = self.segmenter.mask(image.convert("RGB"), class_noun, name)
         return subject_square(image, mask if masked else None)
 
 
@@ -153,6 +158,8 @@ def _check_references(
         raise ImageError(f"images is {type(images).__name__}; pass a list of PIL images")
     if not 1 <= len(images) <= MAX_REFERENCES:
         raise ImageError(f"{len(images)} reference images given; pass 1 to {MAX_REFERENCES}")
+    if masks is not None and (isinstance(masks, Image.Image) or not isinstance(masks, Sequence)):
+        raise ImageError(f"masks is {type(masks).__name__}; pass a list of PIL images, one for each image")
     if masks is not None and len(masks) != len(images):
         raise ImageError(f"{len(masks)} masks given for {len(images)} images; pass one for each image, or none")
     checked = [check_image(image, name=f"image {n}") for n, image in enumerate(images, start=1)]
