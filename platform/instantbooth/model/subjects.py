@@ -95,7 +95,8 @@ class SubjectEncoder:
 
         Each picture is cropped to the subject and its background blacked, as in training. The mask is the given one,
         else the alpha channel where anything is transparent, else what the segmentation model finds; without any, or
-        with `masked=False`, the picture is used as it is, as in the paper's own inference. Raises ImageError and ParameterError.
+        with `masked=False`, the picture is used as it is, as in the paper's own inference. Raises ImageError and
+        ParameterError.
         """
         return self.encode_subjects([self.prepare(images, class_noun, masks, masked=masked)])[0]
 
