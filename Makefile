@@ -48,7 +48,7 @@ bench: .venv/installed
 
 .venv/installed: pyproject.toml infra/constraints.txt
 	@echo "Installing into .venv, 2.4 GB: some minutes."
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	@$(BIN)/pip install -qq --disable-pip-version-check -c infra/constraints.txt -e '.[dev]'
 	@touch $@
 

@@ -7,14 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import tyro
-from rich import print
 
 from instantbooth.miniature.recipe import Recipe, build, ship
+from jobs import cli
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class BuildConfig:
     """Trains base, image encoder, segmenter, judges and adapters of the miniature world."""
 
     output: Path = Path("out/miniature")
@@ -25,13 +24,13 @@ class Options:
     recipe: Recipe = field(default_factory=Recipe)
 
 
-def main(options: Options) -> None:
+def run(config: BuildConfig) -> None:
     """Runs what has not run yet and prints the figures of every stage."""
-    record = build(options.output, options.recipe, device=torch.device(options.device))
+    record = build(config.output, config.recipe, device=torch.device(config.device))
     print(json.dumps(record, indent=2))
-    if options.ship is not None:
-        print(f"shipped {ship(options.output / 'models', options.ship) / 1e6:.1f} MB to {options.ship}")
+    if config.ship is not None:
+        print(f"shipped {ship(config.output / 'models', config.ship) / 1e6:.1f} MB to {config.ship}")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    cli.main(run, BuildConfig, __doc__)

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Generator, Tensor, nn
@@ -15,6 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from instantbooth.miniature.autoencoder import LATENT_CHANNELS
 from instantbooth.miniature.corpus import Corpus
 from instantbooth.miniature.vocabulary import MAX_LENGTH
+from instantbooth.model.objective import add_noise, denoising_loss, draw_timesteps
 from instantbooth.model.samplers import NoiseSchedule
 from instantbooth.training.loop import LoopConfig, train
 
@@ -92,7 +92,6 @@ def train_diffusion(
         unet.set_attn_processor(AttnProcessor())
         text_encoder.set_attn_implementation("eager")
     schedule = NoiseSchedule.from_config(new_scheduler().config)
-    alphas_cumprod = schedule.alphas_cumprod.float()
 
     def loss(examples: int, generator: Generator) -> Tensor:
         rows = torch.randint(len(corpus), (examples,), generator=generator)
@@ -100,15 +99,11 @@ def train_diffusion(
         words = [_training_caption(corpus, int(row), rng, placeholder) for row in rows]
         ids = tokenizer(words, padding="max_length", truncation=True, max_length=MAX_LENGTH, return_tensors="pt")
         prompt_embeds = text_encoder(ids.input_ids.to(device)).last_hidden_state
-        timesteps = torch.randint(schedule.num_train_timesteps, (examples,), generator=generator)
+        timesteps = draw_timesteps(examples, schedule, generator)
         clean = latents[rows].to(device)
         noise = torch.randn(clean.shape, generator=generator).to(device)
-        alpha = alphas_cumprod[timesteps].sqrt().view(-1, 1, 1, 1).to(device)
-        sigma = (1 - alpha**2).sqrt()
-        noisy = alpha * clean + sigma * noise
-        velocity = alpha * noise - sigma * clean
-        predicted = unet(noisy, timesteps.to(device), prompt_embeds).sample
-        return F.mse_loss(predicted.float(), velocity)
+        noisy, target = add_noise(clean, noise, timesteps, schedule)
+        return denoising_loss(unet(noisy, timesteps.to(device), prompt_embeds).sample, target)
 
     train("diffusion", nn.ModuleList([unet, text_encoder]), loss, config, folder=folder, device=device)
     return text_encoder, unet
