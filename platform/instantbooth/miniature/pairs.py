@@ -29,7 +29,7 @@ class Pairs:
         rows = torch.randint(len(self.corpus), (examples,), generator=generator)
         crops = subject_crops(self._images[rows], self._masks[rows], generator)
         latents = self.latents[rows]
-        covered = F.adaptive_avg_pool2d(self._masks[rows, None].float() / 255, latents.shape[-2:])
+        covered = F.adaptive_avg_pool2d(self._masks[rows, None].float() / 255, list(latents.shape[-2:]))
         return rows.tolist(), {"latents": latents, "reference_pixels": crops, "subject_mask": covered}
 
 

@@ -145,7 +145,7 @@ class SubjectEncoder:
     def _prepare(
         self, image: Image.Image, mask: Image.Image | None, name: str, class_noun: str, masked: bool
     ) -> Image.Image:
-        if mask is None and image.mode == "RGBA" and image.getchannel("A").getextrema()[0] < 255:
+        if mask is None and image.mode == "RGBA" and image.getchannel("A").getextrema() != (255, 255):
             mask = image.getchannel("A")
         if mask is None and masked and self.segmenter is not None:
             mask = self.segmenter.mask(image.convert("RGB"), class_noun, name)
