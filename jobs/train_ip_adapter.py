@@ -7,24 +7,20 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from instantbooth.errors import ParameterError, did_you_mean
 from instantbooth.evaluation.ip_adapter import weights
-from instantbooth.miniature.autoencoder import encode_latents
 from instantbooth.miniature.corpus import Corpus, render_corpus
 from instantbooth.miniature.ip_adapter import train_ip_adapter
-from instantbooth.miniature.pairs import Pairs
+from instantbooth.miniature.pairs import Pairs, corpus_latents
 from instantbooth.miniature.recipe import Recipe
 from instantbooth.model.base import BaseModel
 from instantbooth.model.encoders import ImageEncoder
 from instantbooth.presets import miniature_folder
-from instantbooth.training.adapters import AdapterTrainingConfig
 from jobs import cli
 
 
@@ -61,17 +57,11 @@ def run(job: IPAdapterJob) -> None:
         print(f"{variant}: {record_path.read_text()}")
 
 
-def rounds_of(recipe: Recipe) -> list[AdapterTrainingConfig]:
-    """InstantBooth's rounds of training in the recipe, one after the other."""
-    refinements = range(1, recipe.refinement_rounds + 1)
-    return [recipe.adapters, *(replace(recipe.refinement, seed=number) for number in refinements)]
-
-
 def _train(job: IPAdapterJob, models: Path, corpus: Corpus, variant: str) -> dict[str, object]:
-    device, rounds = torch.device(job.device), rounds_of(job.recipe)
+    device, rounds = torch.device(job.device), [job.recipe.adapters, *job.recipe.refinements]
     base = BaseModel.load(str(models / "base"), device=device, dtype=torch.float32)
     encoder = ImageEncoder(models / "clip", patch_layer=weights.PLUS_LAYER, device=device, dtype=torch.float32)
-    pairs = Pairs(corpus, _latents(job, base, corpus))
+    pairs = Pairs(corpus, corpus_latents(corpus, base.vae, job.output / "corpora"))
     started = time.perf_counter()
     trained, losses = train_ip_adapter(variant, base, encoder, pairs, rounds, folder=job.output / "checkpoints")
     weights.save(trained.state(), job.output / variant / weights.FILE)
@@ -83,17 +73,6 @@ def _train(job: IPAdapterJob, models: Path, corpus: Corpus, variant: str) -> dic
         "seconds_of_the_last_sitting": round(time.perf_counter() - started),
         "rounds": [asdict(each) for each in rounds],
     }
-
-
-def _latents(job: IPAdapterJob, base: BaseModel, corpus: Corpus) -> Tensor:
-    """The corpus's scaled latents, encoded once."""
-    path = job.output / "corpora" / f"latents-{len(corpus)}.safetensors"
-    if not path.exists():
-        encoded = encode_latents(base.vae, torch.from_numpy(corpus.images)) * base.vae.config.scaling_factor
-        partial = path.with_suffix(".partial")
-        save_file({"latents": encoded.contiguous()}, partial)
-        partial.rename(path)
-    return load_file(path)["latents"]
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ def batch(trained: IPAdapterObjective) -> dict[str, Tensor]:
     return {
         "latents": torch.randn(4, 4, 16, 16, generator=generator),
         "reference_pixels": torch.rand(4, 3, 32, 32, generator=generator),
+        "subject_mask": torch.rand(4, 1, 16, 16, generator=generator),
         "input_ids": torch.tensor([tokenize(trained.base.tokenizer, "a photo of a cat")] * 4),
     }
 

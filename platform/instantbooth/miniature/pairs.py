@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor
 
+from instantbooth.miniature.autoencoder import encode_latents
 from instantbooth.miniature.corpus import Corpus
 from instantbooth.miniature.crops import subject_crops
 from instantbooth.training.adapters import AdapterTrainingConfig
@@ -29,8 +34,19 @@ class Pairs:
         rows = torch.randint(len(self.corpus), (examples,), generator=generator)
         crops = subject_crops(self._images[rows], self._masks[rows], generator)
         latents = self.latents[rows]
-        covered = F.adaptive_avg_pool2d(self._masks[rows, None].float() / 255, list(latents.shape[-2:]))
+        covered = F.interpolate(self._masks[rows, None].float() / 255, size=list(latents.shape[-2:]), mode="area")
         return rows.tolist(), {"latents": latents, "reference_pixels": crops, "subject_mask": covered}
+
+
+def corpus_latents(corpus: Corpus, vae: AutoencoderKL, folder: Path) -> Tensor:
+    """The corpus's scaled latents [N, C, h, w], encoded once and kept in `folder`."""
+    path = folder / f"latents-{len(corpus)}.safetensors"
+    if not path.exists():
+        encoded = encode_latents(vae, torch.from_numpy(corpus.images)) * vae.config.scaling_factor
+        partial = path.with_suffix(".partial")
+        save_file({"latents": encoded.contiguous()}, partial)
+        partial.rename(path)
+    return load_file(path)["latents"]
 
 
 def loop_of(config: AdapterTrainingConfig) -> LoopConfig:

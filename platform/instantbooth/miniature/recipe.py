@@ -20,12 +20,13 @@ from torch import Generator, Tensor
 from transformers import CLIPTokenizer
 
 from instantbooth.config import GenerationDefaults
+from instantbooth.errors import ParameterError
 from instantbooth.evaluation.miniature import Examination, choose_scales, draw_subjects
 from instantbooth.miniature import clip, judging, segmenter
-from instantbooth.miniature.autoencoder import encode_latents, psnr, train_vae
+from instantbooth.miniature.autoencoder import psnr, train_vae
 from instantbooth.miniature.corpus import Corpus, render_corpus
 from instantbooth.miniature.diffusion import new_scheduler, train_diffusion
-from instantbooth.miniature.pairs import Pairs, loop_of
+from instantbooth.miniature.pairs import Pairs, corpus_latents, loop_of
 from instantbooth.miniature.vocabulary import learn_tokenizer
 from instantbooth.model.personalizer import Personalizer
 from instantbooth.presets import miniature_preset
@@ -61,10 +62,13 @@ class Recipe:
         processes=2,
     )
     adapters: AdapterTrainingConfig = AdapterTrainingConfig(steps=3500)
-    refinement: AdapterTrainingConfig = AdapterTrainingConfig(steps=4500)
-    """A round from the averaged weights of the last: a fresh optimizer, the learning rate up and down again."""
-    refinement_rounds: int = 3
-    """How many; round n draws its random numbers from seed n."""
+    refinements: tuple[AdapterTrainingConfig, ...] = (
+        AdapterTrainingConfig(steps=4500, seed=1),
+        AdapterTrainingConfig(steps=4500, seed=2),
+        AdapterTrainingConfig(steps=4500, seed=3),
+        AdapterTrainingConfig(steps=3000, seed=4, background_weight=0.25),
+    )
+    """Rounds from the averaged weights of the last: a fresh optimizer, the learning rate up and down again."""
     defaults: GenerationDefaults = GenerationDefaults(
         adapter_scale=1.0, concept_scale=1.0, guidance_scale=3.0, num_inference_steps=25
     )
@@ -114,19 +118,18 @@ class Workshop:
 
     def latents(self) -> Tensor:
         """Scaled latents of the corpus, encoded once."""
-        path = self.folder / "corpora" / "latents.safetensors"
-        vae = self.vae()
-        if not path.exists():
-            encoded = encode_latents(vae, torch.from_numpy(self.corpus().images)) * vae.config.scaling_factor
-            save_file({"latents": encoded.contiguous()}, path)
-        return load_file(path)["latents"]
+        return corpus_latents(self.corpus(), self.vae(), self.folder / "corpora")
 
 
 def build(folder: Path, recipe: Recipe, *, device: torch.device) -> dict[str, Any]:
-    """Runs every stage that has not run yet; returns figures by stage, also kept in models/RECORD.json."""
+    """Runs every stage that has not run yet; returns figures by stage, also kept in models/RECORD.json.
+
+    Raises ParameterError where a stage that has run was of another recipe.
+    """
     workshop = Workshop(folder, recipe, device)
     record_path = workshop.models / "RECORD.json"
     record: dict[str, Any] = json.loads(record_path.read_text()) if record_path.exists() else {}
+    _check_recipe(record, recipe, folder)
     record["made_by"] = {
         "command": "python -m jobs.build_miniature",
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
@@ -142,6 +145,19 @@ def build(folder: Path, recipe: Recipe, *, device: torch.device) -> dict[str, An
         record_path.parent.mkdir(parents=True, exist_ok=True)
         record_path.write_text(json.dumps(record, indent=2) + "\n")
     return record
+
+
+def _check_recipe(record: dict[str, Any], recipe: Recipe, folder: Path) -> None:
+    """What is recorded as the recipe must be what made the models, stages of earlier calls included."""
+    asked = json.loads(json.dumps(asdict(recipe)))
+    for stage in STAGES:
+        for name in SETTINGS[stage] if stage in record else ():
+            made = record["made_by"]["recipe"].get(name)
+            if made != asked[name]:
+                raise ParameterError(
+                    f"{folder} holds the stage {stage!r} made with {name} {made}, asked is {asked[name]}; "
+                    "repeat its options, or name another output folder"
+                )
 
 
 def _build_vae(shop: Workshop) -> dict[str, float]:
@@ -240,8 +256,7 @@ def _build_adapters(shop: Workshop) -> dict[str, float]:
 def _refine_adapters(shop: Workshop) -> dict[str, float]:
     booth = _trained_booth(shop)
     figures = {}
-    for number in range(1, shop.recipe.refinement_rounds + 1):
-        config = replace(shop.recipe.refinement, seed=number)
+    for number, config in enumerate(shop.recipe.refinements, start=1):
         figures = _train_adapters(shop, booth, f"refinement-{number}", config)
     return figures
 
@@ -282,6 +297,19 @@ STAGES: dict[str, Stage] = {
     "refinement": _refine_adapters,
     "scales": _choose_scales,
 }
+
+
+SETTINGS: dict[str, tuple[str, ...]] = {
+    "vae": ("pretraining_pictures", "vae"),
+    "segmenter": ("segmenter",),
+    "clip": ("clip",),
+    "judges": ("judging_identities", "held_out_identities", "attribute_judge", "identity_judge"),
+    "diffusion": ("diffusion",),
+    "adapters": ("adapters",),
+    "refinement": ("refinements",),
+    "scales": ("defaults", "validation_subjects"),
+}
+"""The fields of the recipe that decide a stage, beside those of the stages before it."""
 
 
 def train_adapters(

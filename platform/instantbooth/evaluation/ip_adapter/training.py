@@ -9,7 +9,7 @@ from instantbooth.evaluation.ip_adapter import weights
 from instantbooth.evaluation.methods.finetuning import write_out_attention
 from instantbooth.model.base import BaseModel
 from instantbooth.model.encoders import ImageEncoder
-from instantbooth.model.objective import add_noise, denoising_loss
+from instantbooth.model.objective import add_noise, denoising_loss, subject_weights
 from instantbooth.prompts import tokenize
 from instantbooth.training.adapters import AdapterTrainingConfig, draw
 
@@ -32,8 +32,10 @@ class IPAdapterObjective(nn.Module):
         self.trained.requires_grad_(True)
 
     def forward(self, batch: dict[str, Tensor], generator: Generator) -> Tensor:
-        """Mean loss of scaled `latents` [B, C, h, w], `reference_pixels` [B, 3, s, s] and captions, `input_ids` [B, T].
+        """Mean loss of a batch, weighted as the config says.
 
+        It has scaled `latents` [B, C, h, w], `reference_pixels` [B, 3, s, s], `subject_mask` [B, 1, h, w], the share of
+        each latent pixel that the subject covers, and captions, `input_ids` [B, T].
         A caption left out is the empty one, as guidance has it; a picture left out has the features of none.
         """
         base = self.base
@@ -52,7 +54,8 @@ class IPAdapterObjective(nn.Module):
         prediction = base.unet(
             noisy, timesteps, prompt_embeds, added_cond_kwargs=weights.image_arguments(features[:, None])
         ).sample
-        return denoising_loss(prediction, target)
+        weights_of_pixels = subject_weights(batch["subject_mask"].to(base.device), self.config.background_weight)
+        return denoising_loss(prediction, target, weights_of_pixels)
 
     def state(self) -> weights.State:
         """The adapter's weights in the official format."""
