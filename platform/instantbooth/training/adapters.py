@@ -21,6 +21,7 @@ from instantbooth.model.encoders import resize_to_tensor
 from instantbooth.model.objective import add_noise, denoising_loss, draw_timesteps, subject_weights
 from instantbooth.model.personalizer import Personalizer
 from instantbooth.prompts import SUBJECT_FIELD, expand, tokenize_subject
+from instantbooth.training.attention import write_out_attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +159,7 @@ class AdapterObjective(nn.Module):
         self.config = config
         self.trained = booth.trained
         self.trained.requires_grad_(True).train()
+        write_out_attention(booth.base.unet, booth.base.text_encoder)
 
     def forward(self, batch: dict[str, Tensor], randomness: Generator | Draws) -> Tensor:
         """Mean denoising loss of a batch of examples; all randomness is given, or drawn from a CPU generator.

@@ -6,12 +6,12 @@ import torch
 from torch import Generator, Tensor, nn
 
 from instantbooth.evaluation.ip_adapter import weights
-from instantbooth.evaluation.methods.finetuning import write_out_attention
 from instantbooth.model.base import BaseModel
 from instantbooth.model.encoders import ImageEncoder
 from instantbooth.model.objective import add_noise, denoising_loss, subject_weights
 from instantbooth.prompts import tokenize
 from instantbooth.training.adapters import AdapterTrainingConfig, draw
+from instantbooth.training.attention import write_out_attention
 
 
 class IPAdapterObjective(nn.Module):

@@ -20,12 +20,12 @@ from instantbooth.evaluation.methods.finetuning import (
     image_latents,
     noise_prediction_loss,
     reference_latents,
-    write_out_attention,
 )
 from instantbooth.evaluation.methods.interface import Method, Reference, Sampling
 from instantbooth.evaluation.methods.sampling import encode_prompts, sample
 from instantbooth.model.base import BaseModel
 from instantbooth.prompts import expand
+from instantbooth.training.attention import write_out_attention
 
 PROMPT = "a photo of a {subject}"
 UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]

@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image, ImageOps
 from torch import Generator, Tensor, nn
-from transformers import CLIPTextModel
 
 from instantbooth.errors import ImageError
 from instantbooth.evaluation.methods.interface import Reference
@@ -77,10 +74,3 @@ def descend(
         optimizer.step()
         losses.append(float(value.detach()))
     return losses
-
-
-def write_out_attention(unet: UNet2DConditionModel, text_encoder: CLIPTextModel) -> None:
-    """Has both compute attention by plain matrix products while they are trained on a CPU, which is faster there."""
-    if unet.device.type == "cpu":
-        unet.set_attn_processor(AttnProcessor())
-        text_encoder.set_attn_implementation("eager")

@@ -16,13 +16,13 @@ from instantbooth.evaluation.methods.finetuning import (
     draw_rows,
     noise_prediction_loss,
     reference_latents,
-    write_out_attention,
 )
 from instantbooth.evaluation.methods.interface import Method, Reference, Sampling
 from instantbooth.evaluation.methods.sampling import sample
 from instantbooth.model.base import BaseModel
 from instantbooth.model.conditioning import inject
 from instantbooth.prompts import PLACEHOLDER_TOKEN, SUBJECT_FIELD, expand, tokenize_subject
+from instantbooth.training.attention import write_out_attention
 
 TEMPLATES = (
     "a photo of a {subject}",
