@@ -66,7 +66,8 @@ class Recipe:
         AdapterTrainingConfig(steps=4500, seed=1),
         AdapterTrainingConfig(steps=4500, seed=2),
         AdapterTrainingConfig(steps=4500, seed=3),
-        AdapterTrainingConfig(steps=3000, seed=4, background_weight=0.25),
+        AdapterTrainingConfig(steps=3000, seed=11, background_weight=0.25),
+        AdapterTrainingConfig(steps=2000, seed=12, background_weight=0.25),
     )
     """Rounds from the averaged weights of the last: a fresh optimizer, the learning rate up and down again."""
     defaults: GenerationDefaults = GenerationDefaults(
@@ -141,7 +142,7 @@ def build(folder: Path, recipe: Recipe, *, device: torch.device) -> dict[str, An
             torch.manual_seed(0)
             started = time.perf_counter()
             figures = stage(workshop)
-            record[name] = {**figures, "seconds": round(time.perf_counter() - started)}
+            record[name] = {**figures, "seconds_of_the_last_sitting": round(time.perf_counter() - started)}
         record_path.parent.mkdir(parents=True, exist_ok=True)
         record_path.write_text(json.dumps(record, indent=2) + "\n")
     return record
