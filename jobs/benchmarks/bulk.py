@@ -19,7 +19,7 @@ from jobs import cli
 from jobs.benchmarks.bulk_rivals import encode, engines_rate, loop_rate
 from jobs.benchmarks.encode_once import savings, write_comparison
 from jobs.benchmarks.full_size import write_full_size
-from jobs.benchmarks.peak import PEAK_TFLOPS, share_of_peak, unet_tflop
+from jobs.benchmarks.peak import known_peak, share_of_peak, unet_tflop
 from jobs.benchmarks.timing import machine
 from jobs.cluster import MIN_LOGICAL_CPUS, ray_cluster
 from pipelines.model import ModelConfig
@@ -52,8 +52,8 @@ class BulkBenchmark:
     """Reference images of each subject."""
     generators: int = GENERATORS
     """Actors that generate pictures, and engines that do so alone; without a GPU, one core each."""
-    peak_tflops: float | None = PEAK_TFLOPS.get(torch.cuda.get_device_name()) if DEVICE == "cuda" else None
-    """The machine's arithmetic, for the share of it that is used; None where it is unknown."""
+    peak_tflops: float | None = None
+    """The GPU's dense bf16 peak, for the share of it that the U-Net takes; None looks up an H100 or H200."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.generators <= GENERATORS:
@@ -130,7 +130,7 @@ def measure(options: BulkBenchmark, model: ModelConfig, folder: Path) -> dict[st
         _run(options, model, store, "comparison", "compared", rows_per_batch=ROWS_PER_BATCH)
     first_image = min(path.stat().st_mtime for path in folder.glob("bulk/images/*/*")) - watch.started
     rates = {"bulk, warm": watch.warm_rate(), "loop, one identity at a time": loop, "engines alone": alone}
-    peak = options.peak_tflops
+    peak = options.peak_tflops or known_peak()
     return {
         "machine": machine(DEVICE),
         "images_per_second": {name: round(rate, 3) for name, rate in rates.items()},

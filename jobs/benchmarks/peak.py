@@ -20,6 +20,11 @@ ONE_ROW: dict[str, Any] = dict.fromkeys(SETTINGS) | {"num_inference_steps": 1, "
 """Settings of a picture that takes one step of one row."""
 
 
+def known_peak() -> float | None:
+    """Of this machine's GPU; None without one, or with one that is not in the table."""
+    return PEAK_TFLOPS.get(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+
+
 @torch.inference_mode()
 def unet_tflop(booth: Personalizer, concept: Concept) -> float:
     """10¹² floating-point operations of the U-Net and its adapters for one row and step, counted as they are done."""
