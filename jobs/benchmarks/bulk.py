@@ -139,7 +139,7 @@ def measure(options: BulkBenchmark, model: ModelConfig, folder: Path) -> dict[st
         "seconds_to_first_image": round(first_image, 1),
         "seconds_to_first_row": round(watch.seen[0][0], 1),
         "encode_once_saves": savings(FileStore(folder / "compared")),
-        "unet_tflop_of_a_row": float(f"{tflop:.4g}"),
+        "unet_tflop_of_a_step": float(f"{tflop:.4g}"),
         "unet_share_of_peak": peak
         and {name: round(share_of_peak(rate, tflop, booth.defaults, peak), 4) for name, rate in rates.items()},
         "settings": vars(options)

@@ -16,8 +16,8 @@ from pipelines.plan import SETTINGS
 H100_TFLOPS = 989.0
 PEAK_TFLOPS = {"NVIDIA H100 80GB HBM3": H100_TFLOPS, "NVIDIA H200": H100_TFLOPS}
 """GPU → dense bf16 peak, by the data sheets of the SXM modules, whose arithmetic is the same."""
-ONE_ROW: dict[str, Any] = dict.fromkeys(SETTINGS) | {"num_inference_steps": 1, "guidance_scale": 1.0}
-"""Settings of a picture that takes one step of one row."""
+ONE_STEP: dict[str, Any] = dict.fromkeys(SETTINGS) | {"num_inference_steps": 1}
+"""Settings of a picture that takes one step, else as the weights have it."""
 
 
 def known_peak() -> float | None:
@@ -27,8 +27,11 @@ def known_peak() -> float | None:
 
 @torch.inference_mode()
 def unet_tflop(booth: Personalizer, concept: Concept) -> float:
-    """10¹² floating-point operations of the U-Net and its adapters for one row and step, counted as they are done."""
-    [row] = booth.rows(booth.requests("a photo of a {subject}", concept, seed=0, **ONE_ROW))
+    """10¹² floating-point operations of the U-Net and its adapters in one step of a picture, counted as they are done.
+
+    A guided picture has two rows in a step, of which the adapters work on one.
+    """
+    [row] = booth.rows(booth.requests("a photo of a {subject}", concept, seed=0, **ONE_STEP))
     row.keys_values = booth.keys_values(concept)
     # The counter knows the products that attention is made of, not every device's kernel for the whole.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -38,6 +41,5 @@ def unet_tflop(booth: Personalizer, concept: Concept) -> float:
 
 
 def share_of_peak(pictures_per_s: float, tflop: float, defaults: GenerationDefaults, peak_tflops: float) -> float:
-    """What the U-Net takes for pictures of these settings; `tflop` is of a row, of which guided pictures have two."""
-    rows = 2 if defaults.guidance_scale > 1 else 1
-    return pictures_per_s * defaults.num_inference_steps * rows * tflop / peak_tflops
+    """What the U-Net takes for pictures of these settings; `tflop` is of a step of one picture."""
+    return pictures_per_s * defaults.num_inference_steps * tflop / peak_tflops
