@@ -22,7 +22,7 @@ class MillionEstimate:
     steps: Annotated[int, arg(help="of a picture, guided: the weights' default")] = 25
     unet_tflop: Annotated[
         float,
-        arg(help="of a guided step, 0.80 without the concept and 1.01 with its adapters: counted from the shapes"),
+        arg(help="of a guided step, 0.80 for its bare row and 1.01 with adapters: counted from the shapes"),
     ] = 1.82
     decode_tflop: Annotated[float, arg(help="of a picture: counted from the shapes")] = 2.5
     encode_tflop: Annotated[float, arg(help="of a reference: counted from the shapes")] = 0.162
