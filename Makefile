@@ -17,8 +17,9 @@ test: .venv/installed
 test-full: .venv/installed
 	$(BIN)/pytest -q --durations=10 -m full
 
-# Bring an S3 server: AWS_ENDPOINT_URL and its AWS_* credentials. Without one the tests are skipped.
+# Bring an S3 server: AWS_ENDPOINT_URL and its AWS_* credentials. Without one most tests are skipped.
 test-chaos: .venv/installed
+	LEDGER_INTERLEAVINGS=10000 $(BIN)/pytest -q tests/test_ledger.py
 	$(BIN)/pytest -q -s -rs -m chaos tests/chaos
 
 # A training that is killed 36 times: half an hour on two cores.

@@ -17,19 +17,10 @@ from pyarrow import parquet
 
 from instantbooth.errors import ManifestError, ParameterError, StorageError
 from jobs.dry_run import DryRunConfig, dry_run, estimate
+from tests.measured import MEASURED, Taken
 
 ROOT = Path(__file__).parent.parent
 GOOD = {"id": "ada", "images": ["s3://in/ada.jpg"], "class_noun": "person", "prompts": ["a photo of a {subject}"]}
-
-MEASURED = """
-import atexit, pathlib, runpy, sys, time
-def tell():
-    peak = pathlib.Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]
-    print(peak, time.process_time(), *{"torch", "ray"} & set(sys.modules), file=sys.stderr)
-atexit.register(tell)
-runpy.run_module("jobs.personalize", run_name="__main__", alter_sys=True)
-"""
-"""Tells the job's peak memory in kB, CPU seconds and heavy modules. VmHWM, since ru_maxrss begins with the parent's."""
 
 
 @dataclass(frozen=True)
@@ -171,9 +162,9 @@ def measure(manifest: Path, count: int) -> tuple[float, float]:
     ended = run_job("--manifest", str(manifest), "--output", "out", code=MEASURED)
     assert ended.status == 0, ended.error
     assert f"rows              {count:,} good, 0 bad" in ended.out
-    kilobytes, seconds, *heavy = ended.error.split()
-    assert not heavy
-    return int(kilobytes) / 1000, float(seconds)
+    taken = Taken.of(ended.error)
+    assert not taken.heavy
+    return taken.megabytes, taken.cpu_s
 
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

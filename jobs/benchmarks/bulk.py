@@ -3,52 +3,81 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import torch
-from PIL import Image
 
-from instantbooth import Concept, Personalizer
-from instantbooth.engine import Engine
+from instantbooth import Personalizer
 from instantbooth.errors import ParameterError
-from instantbooth.images import decode_image, encode_png
-from instantbooth.manifest import ManifestRow
 from instantbooth.miniature.samples import write_manifest
-from instantbooth.storage import FileStore, read_uri
+from instantbooth.storage import FileStore
 from jobs import cli
+from jobs.benchmarks.bulk_rivals import encode, engines_rate, loop_rate
+from jobs.benchmarks.encode_once import savings, write_comparison
+from jobs.benchmarks.full_size import write_full_size
+from jobs.benchmarks.peak import known_peak, share_of_peak, unet_tflop
 from jobs.benchmarks.timing import machine
-from jobs.cluster import ray_cluster
+from jobs.cluster import MIN_LOGICAL_CPUS, ray_cluster
+from pipelines.model import ModelConfig
 from pipelines.outcome import Outcome
 from pipelines.personalize import PersonalizeConfig, Pool, Tally, load_manifest, personalize
-from pipelines.plan import SETTINGS
 
-PROMPT_COUNTS = (1, 4, 16)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CORES = os.cpu_count() or 1
+GENERATORS = 1 if DEVICE == "cuda" else min(CORES, max(MIN_LOGICAL_CPUS, CORES) - 2)
+"""A GPU is one actor's. Without one each takes a CPU of Ray's, and fetching and encoding need one each."""
+BATCHES = 4
+"""At least so many for each generator, or the last ones, when some generators have no work, would tell."""
+ROWS_PER_BATCH = PersonalizeConfig.rows_per_batch
+"""At most."""
+COMPARED = 2
+"""Subjects by which encoding once is measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BulkBenchmark:
     """Subjects of the miniature world, four prompts each."""
 
-    subjects: int = 24
+    full_size: bool = False
+    """Stable Diffusion 1.5's shapes at 512 pixels with random weights, instead of the miniature."""
+    subjects: int = max(24, 12 * GENERATORS)
     """Of the bulk job and of the engine."""
     loop_subjects: int = 6
     """Of the loop."""
     references: int = 3
     """Reference images of each subject."""
-    generators: int = os.cpu_count() or 1
+    generators: int = GENERATORS
     """Actors that generate pictures, and engines that do so alone; without a GPU, one core each."""
+    peak_tflops: float | None = None
+    """The GPU's dense bf16 peak, for the share of it that the U-Net takes; None looks up an H100 or H200."""
 
     def __post_init__(self) -> None:
+        if not 1 <= self.generators <= GENERATORS:
+            raise ParameterError(
+                f"generators must be from 1 to {GENERATORS} on this machine, is {self.generators}; correct it"
+            )
+        if self.subjects < BATCHES * self.generators:
+            raise ParameterError(
+                f"subjects must be at least {BATCHES} for each generator ({BATCHES * self.generators}), is "
+                f"{self.subjects}; raise it"
+            )
         if not 1 <= self.loop_subjects <= self.subjects:
-            raise ParameterError(f"loop_subjects must be from 1 to subjects ({self.subjects}), is {self.loop_subjects}")
+            raise ParameterError(
+                f"loop_subjects must be from 1 to subjects ({self.subjects}), is {self.loop_subjects}; correct it"
+            )
+        if not 1 <= self.references <= 16:
+            raise ParameterError(f"references must be from 1 to 16, is {self.references}; correct it")
+        if self.peak_tflops is not None and not 0 < self.peak_tflops < float("inf"):
+            raise ParameterError(f"peak_tflops must be above 0, is {self.peak_tflops}; correct it, or leave it out")
+
+    @property
+    def rows_per_batch(self) -> int:
+        """Rows of the manifest that an actor takes at a time."""
+        return min(ROWS_PER_BATCH, self.subjects // (BATCHES * self.generators))
 
 
 @dataclass(kw_only=True)
@@ -71,113 +100,71 @@ class Watch:
 
 def bulk(options: cli.Flat[BulkBenchmark]) -> None:
     """Prints pictures a second of the three, their ratios, and what encoding once saves, as JSON."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory() as folder:
-        store = FileStore(Path(folder))
-        list(write_manifest(store, "orders", subjects=options.subjects, references=options.references))
-        rows = load_manifest(store.uri("orders/manifest.jsonl"))
-        booth = Personalizer.from_pretrained("miniature", device=device)
-        encode_s, generate_s = _loop(booth, rows[: options.loop_subjects], Path(folder))
-        alone = _engines_rate(options, booth, rows)
-        watch = _run(options, store, device)
-        first_image = min(path.stat().st_mtime for path in Path(folder).glob("bulk/images/*/*")) - watch.started
-    prompts = len(rows[0].prompts)
-    loop = options.loop_subjects * prompts / (encode_s + generate_s)
-    result = {
-        "machine": machine(device),
-        "images_per_second": {
-            "bulk, warm": round(watch.warm_rate(), 3),
-            "loop, one identity at a time": round(loop, 3),
-            "engines alone": round(alone, 3),
-        },
+        model = ModelConfig()
+        if options.full_size:
+            write_full_size(Path(folder) / "model")
+            model = untrained_model(Path(folder) / "model")
+        print(json.dumps(measure(options, model, Path(folder)), indent=2))
+
+
+def untrained_model(base: Path) -> ModelConfig:
+    """A Stable Diffusion folder with random trained parts, which are written into it."""
+    Personalizer.untrained(base, device="cpu").save_weights(base / "weights")
+    return ModelConfig(base=str(base), weights=str(base / "weights"))
+
+
+def measure(options: BulkBenchmark, model: ModelConfig, folder: Path) -> dict[str, object]:
+    """What `bulk` prints, of any model; `folder` is for inputs and outputs."""
+    store = FileStore(folder)
+    list(write_manifest(store, "orders", subjects=options.subjects, references=options.references))
+    rows = load_manifest(store.uri("orders/manifest.jsonl"))
+    booth = model.load(device=DEVICE)
+    loop = loop_rate(booth, rows[: options.loop_subjects], folder)
+    work = [(row.prompts, encode(booth, row)) for row in rows]
+    tflop = unet_tflop(booth, work[0][1])
+    alone = engines_rate(model, DEVICE, options.generators, work)
+    with ray_cluster():
+        watch = _run(options, model, store, "orders", "bulk", rows_per_batch=options.rows_per_batch)
+        write_comparison(rows[:COMPARED], store, "comparison")
+        _run(options, model, store, "comparison", "compared", rows_per_batch=ROWS_PER_BATCH)
+    first_image = min(path.stat().st_mtime for path in folder.glob("bulk/images/*/*")) - watch.started
+    rates = {"bulk, warm": watch.warm_rate(), "loop, one identity at a time": loop, "engines alone": alone}
+    peak = options.peak_tflops or known_peak()
+    return {
+        "machine": machine(DEVICE),
+        "images_per_second": {name: round(rate, 3) for name, rate in rates.items()},
         "bulk_over_loop": round(watch.warm_rate() / loop, 3),
         "bulk_over_engines": round(watch.warm_rate() / alone, 3),
         "seconds_to_first_image": round(first_image, 1),
         "seconds_to_first_row": round(watch.seen[0][0], 1),
-        "encode_once_saves": _savings(encode_s / options.loop_subjects, generate_s / options.loop_subjects / prompts),
-        "settings": vars(options) | {"prompts": prompts, "steps": booth.defaults.num_inference_steps},
+        "encode_once_saves": savings(FileStore(folder / "compared")),
+        "unet_tflop_of_a_step": float(f"{tflop:.4g}"),
+        "unet_share_of_peak": peak
+        and {name: round(share_of_peak(rate, tflop, booth.defaults, peak), 4) for name, rate in rates.items()},
+        "settings": vars(options)
+        | {
+            "prompts": len(rows[0].prompts),
+            "steps": booth.defaults.num_inference_steps,
+            "rows_per_batch": options.rows_per_batch,
+            "precision": str(booth.base.unet.dtype),
+        },
     }
-    print(json.dumps(result, indent=2))
 
 
-def _loop(booth: Personalizer, rows: Sequence[ManifestRow], folder: Path) -> tuple[float, float]:
-    """Seconds that a user's own loop spends on encoding, reading included, and on generating, writing included."""
-    encode_s = generate_s = 0.0
-    booth.generate(rows[0].prompts[0], _encode(booth, rows[0]), num_inference_steps=2)
-    for row in rows:
-        started = time.perf_counter()
-        concept = _encode(booth, row)
-        encoded = time.perf_counter()
-        for number, picture in enumerate(booth.generate(list(row.prompts), concept, seed=row.seed or 0)):
-            (folder / f"{row.id}-{number}.png").write_bytes(encode_png(picture, {}))
-        encode_s += encoded - started
-        generate_s += time.perf_counter() - encoded
-    return encode_s, generate_s
-
-
-def _engines_rate(options: BulkBenchmark, booth: Personalizer, rows: Sequence[ManifestRow]) -> float:
-    """Pictures a second of engines in processes of their own, which have every concept and request from the start."""
-    device = booth.base.device.type
-    engines = 1 if device == "cuda" else options.generators
-    work = [(list(row.prompts), _encode(booth, row)) for row in rows]
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(engines, spawn, initializer=_start_together, initargs=(spawn.Barrier(engines),)) as pool:
-        spans = list(pool.map(_engine_span, [work[n::engines] for n in range(engines)], [device] * engines))
-    pictures = sum(len(prompts) for prompts, _ in work)
-    return pictures / (max(end for _, end in spans) - min(start for start, _ in spans))
-
-
-_barrier: Barrier
-
-
-def _start_together(barrier: Barrier) -> None:
-    global _barrier
-    _barrier = barrier
-
-
-def _engine_span(work: Sequence[tuple[list[str], Concept]], device: str) -> tuple[float, float]:
-    """When one engine, warm, began and ended."""
-    if device == "cpu":
-        torch.set_num_threads(1)
-    booth = Personalizer.from_pretrained("miniature", device=device)
-    requests = [
-        request
-        for prompts, concept in work
-        for request in booth.requests(prompts, concept, seed=0, **dict.fromkeys(SETTINGS))
-    ]
-    with Engine(booth) as engine:
-        _barrier.wait()
-        started = time.time()
-        for ticket in [engine.submit(request) for request in requests]:
-            ticket.result()
-        return started, time.time()
-
-
-def _run(options: BulkBenchmark, store: FileStore, device: str) -> Watch:
+def _run(
+    options: BulkBenchmark, model: ModelConfig, store: FileStore, orders: str, output: str, *, rows_per_batch: int
+) -> Watch:
     """The job, on a cluster that is there already."""
-    gpus = 1.0 if device == "cuda" else 0.0
-    pools = {
-        "concept": Pool(gpus=0.2 * gpus),
-        "diffusion": Pool(gpus=0.8 * gpus) if gpus else Pool(min=options.generators, max=options.generators),
-    }
-    config = PersonalizeConfig(manifest=store.uri("orders/manifest.jsonl"), output=store.uri("bulk"), **pools)
-    with ray_cluster():
-        watch = Watch()
-        personalize(config, watch)
+    gpus = 1.0 if DEVICE == "cuda" else 0.0
+    config = PersonalizeConfig(
+        manifest=store.uri(f"{orders}/manifest.jsonl"),
+        output=store.uri(output),
+        model=model,
+        concept=Pool(gpus=0.2 * gpus),
+        diffusion=Pool(min=options.generators, max=options.generators, gpus=0.8 * gpus),
+        rows_per_batch=rows_per_batch,
+    )
+    watch = Watch()
+    personalize(config, watch)
     return watch
-
-
-def _encode(booth: Personalizer, row: ManifestRow) -> Concept:
-    return booth.encode(_read(row.images), class_noun=row.class_noun, masks=row.masks and _read(row.masks))
-
-
-def _read(uris: Sequence[str]) -> list[Image.Image]:
-    return [decode_image(read_uri(uri), name=uri) for uri in uris]
-
-
-def _savings(encode_s: float, picture_s: float) -> dict[str, float]:
-    """Prompts of a subject → share of the time saved against encoding it anew for every prompt; from the loop."""
-    return {
-        str(count): round(1 - (encode_s + count * picture_s) / (count * (encode_s + picture_s)), 3)
-        for count in PROMPT_COUNTS
-    }

@@ -2,50 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Annotated, get_type_hints
+
+from tyro.conf import arg
 
 from jobs import cli
+from jobs.benchmarks.peak import H100_TFLOPS
 
 
 @dataclass(frozen=True, kw_only=True)
 class MillionEstimate:
-    """Stable Diffusion 1.5 at 512 pixels. Every default says where it comes from; pass your own."""
+    """Stable Diffusion 1.5 at 512 pixels. Every figure says where it comes from; pass your own."""
 
-    identities: int = 1_000_000
-    prompts: int = 4
-    """Pictures of an identity. Assumed."""
-    references: int = 3
-    """Reference images of an identity. Assumed."""
-    steps: int = 25
-    """The weights' default."""
-    unet_tflop: float = 0.80
-    """A U-Net forward of one row. Counted from the shapes."""
-    decode_tflop: float = 2.5
-    """A VAE decoding. Counted from the shapes."""
-    encode_tflop: float = 0.162
-    """CLIP ViT-L/14 on one reference. Counted from the shapes."""
-    peak_tflops: float = 989.0
-    """Dense bf16 peak of the GPU: an H100's data sheet."""
-    share_of_peak: float = 0.30
-    """What of the peak the engine reaches. Assumed: no GPU was at hand."""
-    cost_per_gpu_hour: float = 3.0
-    """Assumed."""
-    gpus: int = 64
-    """Assumed."""
-    cost_per_million_writes: float = 5.0
-    """Assumed, as for lists."""
-    cost_per_million_reads: float = 0.4
-    """Assumed."""
-    concept_bytes: int = 257 * 768 * 4
-    """Of one reference, in float32. Counted from the shapes."""
-    picture_bytes: int = 450_000
-    """A PNG of 512 x 512. Assumed; WebP takes a sixth."""
-    rows_per_second: float = 10_000.0
-    """That the driver plans: measured, rows of 1.3 kB with four pictures each, one core of an AMD EPYC."""
-    driver_bytes_per_row: float = 200.0
-    """Measured: growth of the driver's memory by the plan of such rows, whose texts are much alike."""
-    record_reads_per_second: float = 1600.0
-    """That the driver makes at the end: 16 at once, 10 ms each. Assumed."""
+    identities: Annotated[int, arg(help="the question")] = 1_000_000
+    prompts: Annotated[int, arg(help="of an identity, one picture each: assumed")] = 4
+    references: Annotated[int, arg(help="of an identity: assumed")] = 3
+    steps: Annotated[int, arg(help="of a picture, guided: the weights' default")] = 25
+    unet_tflop: Annotated[
+        float,
+        arg(help="of a guided step, 0.80 for its bare row and 1.01 with adapters: counted from the shapes"),
+    ] = 1.82
+    decode_tflop: Annotated[float, arg(help="of a picture: counted from the shapes")] = 2.5
+    encode_tflop: Annotated[float, arg(help="of a reference: counted from the shapes")] = 0.162
+    peak_tflops: Annotated[float, arg(help="of a GPU, dense bf16: an H100's data sheet")] = H100_TFLOPS
+    share_of_peak: Annotated[
+        float, arg(help="**assumed, not measured**: pass what `benchmark bulk --full-size` finds on your GPU")
+    ] = 0.30
+    cost_per_gpu_hour: Annotated[float, arg(help="assumed")] = 3.0
+    gpus: Annotated[int, arg(help="assumed")] = 64
+    cost_per_million_writes: Annotated[float, arg(help="and of lists: assumed")] = 5.0
+    cost_per_million_reads: Annotated[float, arg(help="assumed")] = 0.4
+    concept_bytes: Annotated[int, arg(help="of a reference, in float32: counted from the shapes")] = 257 * 768 * 4
+    picture_bytes: Annotated[int, arg(help="of a PNG; WebP takes about a sixth: assumed")] = 450_000
+    rows_per_second: Annotated[
+        float, arg(help="that the driver plans, four pictures each: measured on one core of an AMD EPYC")
+    ] = 10_000.0
+    driver_bytes_per_row: Annotated[
+        float, arg(help="of the driver's memory: measured with 100 000 rows, whose texts were much alike")
+    ] = 200.0
+    record_reads_per_second: Annotated[
+        float, arg(help="that the driver makes at the end: assumed, 16 at once, 10 ms each")
+    ] = 1600.0
 
     @property
     def pictures(self) -> int:
@@ -55,7 +54,7 @@ class MillionEstimate:
     @property
     def denoise_tflop(self) -> float:
         """Of one guided picture."""
-        return 2 * self.steps * self.unet_tflop
+        return self.steps * self.unet_tflop
 
     @property
     def encode_all_tflop(self) -> float:
@@ -74,12 +73,12 @@ class MillionEstimate:
 
     @property
     def writes(self) -> int:
-        """A picture and a record for each picture, a concept for each identity."""
+        """All of the job."""
         return 2 * self.pictures + self.identities
 
     @property
     def reads(self) -> int:
-        """References, a look for each concept, each record once at the end."""
+        """All of the job."""
         return self.pictures + self.identities * (1 + self.references)
 
     @property
@@ -107,9 +106,9 @@ def page(given: MillionEstimate) -> str:
         "",
         "What `python -m jobs.benchmark million` prints; all else follows from the first table.",
         "",
-        "| given | value | where it comes from |",
+        "| given | value | what it is, and where it comes from |",
         "| --- | ---: | --- |",
-        *(f"| {name} | {getattr(given, name):,} | {source} |" for name, source in SOURCES.items()),
+        *(f"| {name} | {getattr(given, name):,} | {source} |" for name, source in _sources()),
         "",
         "| follows | |",
         "| --- | --- |",
@@ -122,6 +121,12 @@ def page(given: MillionEstimate) -> str:
         "Beyond that, split the manifest and run a job for each part, into an output of its own.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _sources() -> Iterator[tuple[str, str]]:
+    """Field → what it is, and where its default comes from."""
+    for name, hint in get_type_hints(MillionEstimate, include_extras=True).items():
+        yield name, hint.__metadata__[0].help
 
 
 def _follows(given: MillionEstimate) -> dict[str, str]:
@@ -147,25 +152,3 @@ def _follows(given: MillionEstimate) -> dict[str, str]:
         f"{given.identities * given.driver_bytes_per_row / 1e6:,.0f} MB beside its 600 MB",
         "encoding once saves": f"{100 * again / (given.tflop + again):.1f} % of the arithmetic",
     }
-
-
-SOURCES = {
-    "identities": "the question",
-    "prompts": "assumed, one picture each",
-    "references": "assumed",
-    "steps": "the weights' default, guided",
-    "unet_tflop": "counted from the shapes, a row",
-    "decode_tflop": "counted from the shapes, a picture",
-    "encode_tflop": "counted from the shapes, a reference",
-    "peak_tflops": "an H100's data sheet, dense bf16",
-    "share_of_peak": "**assumed**: no GPU was at hand",
-    "cost_per_gpu_hour": "assumed",
-    "gpus": "assumed",
-    "cost_per_million_writes": "assumed, also for lists",
-    "cost_per_million_reads": "assumed",
-    "concept_bytes": "counted from the shapes, a reference in float32",
-    "picture_bytes": "assumed, a PNG; WebP takes about a sixth",
-    "rows_per_second": "measured: planning rows of four pictures on one core of an AMD EPYC",
-    "driver_bytes_per_row": "measured: the driver's growth by the plan of 100 000 rows, whose texts were much alike",
-    "record_reads_per_second": "assumed: 16 at once, 10 ms each",
-}

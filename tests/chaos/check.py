@@ -53,7 +53,11 @@ def faults_of(output: Output, ids: Sequence[str], items: int, applied: Mapping[s
     told = [row["id"] for name in (SUCCEEDED, FAILED) for row in output.lines(name)]
     yield from (f"row {each} is told {count} times" for each, count in Counter(told).items() if count > 1)
     yield from (f"row {each} is lost" for each in sorted(set(ids) - set(told)))
+    yield from (f"row {each} is told and not in the manifest" for each in sorted(set(told) - set(ids)))
     records = output.records()
+    failed = sum(record.status == "failed" for record in records)
+    if len(output.lines(FAILED)) > failed:
+        yield f"{len(output.lines(FAILED))} rows are told to have failed, {failed} records say so"
     if len({record.work for record in records}) != items:
         yield f"{items} pictures have {len({record.work for record in records})} records"
     made = {record.key: record for record in records if record.status == "succeeded"}
@@ -64,7 +68,8 @@ def faults_of(output: Output, ids: Sequence[str], items: int, applied: Mapping[s
         if sha256(output.objects[key]).hexdigest() != made[key].sha256:
             yield f"{key} is not what its record says"
     listed = {image["key"]: image["sha256"] for row in output.lines(SUCCEEDED) for image in row["images"]}
-    yield from (f"{key} is listed otherwise than recorded" for key in listed if listed[key] != made[key].sha256)
+    recorded = {key: record.sha256 for key, record in made.items()}
+    yield from (f"{key} is listed otherwise than recorded" for key in listed if listed[key] != recorded.get(key))
     for key, count in applied.items():
         if count > 1 and any(f"/{kind}/" in key for kind in (IMAGES, RECORDS)) and not key.endswith(".self-test"):
             yield f"{key} was written {count} times"
@@ -75,6 +80,8 @@ def differences(one: Output, other: Output) -> Iterator[str]:
     first, second = (
         {key: data for key, data in each.objects.items() if key.startswith(f"{IMAGES}/")} for each in (one, other)
     )
+    if not first:
+        yield "there is no picture to compare"
     yield from (f"{key} is in one output alone" for key in sorted(first.keys() ^ second.keys()))
     yield from (f"{key} differs" for key in sorted(first.keys() & second.keys()) if first[key] != second[key])
     codes = [{(row["id"], row["code"]) for row in each.lines(FAILED)} for each in (one, other)]

@@ -8,15 +8,17 @@ import struct
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
-FAULTS = ("unavailable", "reset", "slow", "truncated", "applied then dropped")
+FAULTS = ("unavailable", "reset", "refused", "slow", "truncated", "applied then dropped")
 METHODS = ("GET", "PUT", "POST", "HEAD", "DELETE")
 HOP_BY_HOP = ("connection", "content-length", "transfer-encoding", "keep-alive")
 SLOW_S = 1.5
+POLL_S = 0.05
 BUSY = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message></Error>"
 RESET = struct.pack("ii", 1, 0)
 """SO_LINGER for a socket whose close is a reset."""
@@ -30,6 +32,10 @@ class FaultProxy:
     """http://host:port."""
     rate: float = 0.0
     """Share of the calls that go wrong; may change while the proxy runs."""
+    kinds: tuple[str, ...] = FAULTS
+    """What may go wrong."""
+    refused_s: float = 0.3
+    """Seconds for which no connection is taken where one is refused."""
     faults: Counter[str] = field(default_factory=Counter)
     """Kind → how often."""
     applied: Counter[str] = field(default_factory=Counter)
@@ -40,28 +46,53 @@ class FaultProxy:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __enter__(self) -> FaultProxy:
-        handler = type(
-            "Handler", (_Handler,), {"proxy": self} | {f"do_{each}": _Handler.handle_call for each in METHODS}
-        )
-        self._server = _Server(("127.0.0.1", 0), handler)
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        # Bound and never listening: the port stays taken while connections are refused.
+        self._place = socket.socket()
+        self._place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._place.bind(("127.0.0.1", 0))
+        self._door = threading.Lock()
+        self._open()
         return self
 
     def __exit__(self, *_: object) -> None:
+        # Never given back: what is closed stays closed.
+        self._door.acquire()
+        self._close()
+        self._place.close()
+
+    def refuse(self, then: Callable[[], None]) -> None:
+        """Closes the door for a while, `then` being called at once; where it is closed already, only that."""
+        if not self._door.acquire(blocking=False):
+            then()
+            return
+        try:
+            self._close()
+            then()
+            time.sleep(self.refused_s)
+            self._open()
+        finally:
+            self._door.release()
+
+    def _open(self) -> None:
+        calls = {f"do_{each}": _Handler.handle_call for each in METHODS}
+        self._server = _Server(self._place.getsockname(), type("Handler", (_Handler,), {"proxy": self} | calls))
+        threading.Thread(target=self._server.serve_forever, args=(POLL_S,), daemon=True).start()
+
+    def _close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
 
     @property
     def url(self) -> str:
         """What clients shall take for the server."""
-        return f"http://127.0.0.1:{self._server.server_address[1]}"
+        return f"http://127.0.0.1:{self._place.getsockname()[1]}"
 
     def draw(self) -> str | None:
         """The fault of the next call, if it is to have one."""
         with self.lock:
             if self.random.random() >= self.rate:
                 return None
-            fault = self.random.choice(FAULTS)
+            fault = self.random.choice(self.kinds)
             self.faults[fault] += 1
             return fault
 
@@ -90,6 +121,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(503, {"Content-Type": "application/xml"}, BUSY)
         elif fault == "reset":
             self._reset()
+        elif fault == "refused":
+            self.proxy.refuse(self._reset)
         elif fault == "truncated" and body:
             self._forward(body[: len(body) // 2], cut=True)
             self._reset()
@@ -144,7 +177,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _reset(self) -> None:
         self.close_connection = True
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-        # shutdown() by the server would end the connection politely.
+        # shutdown() by the server would end the connection politely. An open file on it would put the reset off.
+        self.rfile.close()
         self.connection.close()
 
     def log_message(self, *_: object) -> None:

@@ -12,18 +12,21 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from io import BytesIO
 from pathlib import Path
 
 import pytest
 
+from instantbooth.images import decode_image
 from instantbooth.storage import ObjectStore, open_store
+from pipelines.outcome import FAILED
+from pipelines.plan import IMAGES
 from tests.chaos.check import Output, differences, faults_of
-from tests.chaos.proxy import FaultProxy
-from tests.tiny import portrait, tiny_booth, tiny_model
+from tests.chaos.inputs import model_options, photo, write_model
+from tests.chaos.proxy import FAULTS, FaultProxy
 
 pytestmark = pytest.mark.chaos
 
@@ -33,8 +36,12 @@ WORKER_KILLS = int(os.environ.get("CHAOS_WORKER_KILLS", "20"))
 DRIVER_KILLS = int(os.environ.get("CHAOS_DRIVER_KILLS", "3"))
 SUBJECTS = 40
 FAULT_RATE = 0.05
+PICTURE = (32, 32)
+"""The tiny model's pictures, in pixels."""
 WORKERS = ("ray::FlatMap", "ray::MapWorker")
 """How processes are called that fetch references, encode concepts or generate pictures."""
+UNUSABLE = {17: ("broken", "image"), 59: ("missing", "missing_object")}
+"""Row number modulo 100 → the photo it is given, and the code it fails with."""
 ATTEMPT_S = 1800
 
 
@@ -50,6 +57,8 @@ class Arena:
     address: str
     ids: list[str]
     logs: Path
+    starts: Counter[str] = field(default_factory=Counter)
+    """Output → how often a job was started for it."""
     killed: list[str] = field(default_factory=list)
     """What was killed."""
 
@@ -58,11 +67,11 @@ class Arena:
         command = [
             *(sys.executable, "-m", "jobs.personalize", "--manifest", f"s3://{self.bucket}/manifest.jsonl"),
             *("--output", f"s3://{self.bucket}/{output}", "--exact", "--row-budget", "8", "--no-track"),
-            *("--model.base", self.model / "base", "--model.image-encoder", self.model / "clip"),
-            *("--model.weights", self.model / "weights", "--log", self.logs / f"{output}.jsonl"),
+            *(*model_options(self.model), "--log", self.logs / f"{output}.jsonl"),
         ]
         environment = os.environ | {"RAY_ADDRESS": self.address, "AWS_ENDPOINT_URL": self.proxy.url}
-        with (self.logs / f"{output}.log").open("ab") as log:
+        self.starts[output] += 1
+        with self._log(output).open("wb") as log:
             return subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment, stdout=log, stderr=log)
 
     def output(self, name: str) -> Output:
@@ -70,8 +79,11 @@ class Arena:
         return Output.read(open_store(f"s3://{self.bucket}/{name}"))
 
     def log(self, output: str) -> str:
-        """The end of what a job said."""
-        return (self.logs / f"{output}.log").read_text()[-3000:]
+        """The end of what the last job for this output said."""
+        return self._log(output).read_text()[-3000:]
+
+    def _log(self, output: str) -> Path:
+        return self.logs / f"{output}-{self.starts[output]}.log"
 
     def kill_a_worker(self, rng: random.Random) -> bool:
         """SIGKILL to one of the processes that work on rows; False where there is none."""
@@ -87,7 +99,7 @@ class Arena:
 @pytest.fixture(scope="module")
 def arena(s3_server: str, bucket: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Arena]:
     folder = tmp_path_factory.mktemp("chaos")
-    tiny_booth(tiny_model(folder / "model")).save_weights(folder / "model" / "weights")
+    write_model(folder / "model")
     ids = write_manifest(open_store(f"s3://{bucket}"), bucket)
     with FaultProxy(upstream=s3_server) as proxy, cluster(proxy.url) as (address, raylet):
         yield Arena(
@@ -114,19 +126,15 @@ def cluster(endpoint: str) -> Iterator[tuple[str, int]]:
 def write_manifest(store: ObjectStore, bucket: str) -> list[str]:
     """Rows of one picture each, a few of them with a photo that is missing or broken; their ids."""
     for number in range(SUBJECTS):
-        image, mask = portrait(number)
-        image.putalpha(mask)
-        buffer = BytesIO()
-        image.save(buffer, "PNG")
-        store.put(f"in/{number}.png", buffer.getvalue())
+        store.put(f"in/{number}.png", photo(number))
     store.put("in/broken.png", b"\x89PNG\r\n\x1a\nand then nothing")
     rows = []
     for number in range(ITEMS):
-        photo = {17: "broken", 59: "missing"}.get(number % 100, number % SUBJECTS)
+        reference, _ = UNUSABLE.get(number % 100, (number % SUBJECTS, ""))
         rows.append(
             {
                 "id": f"row-{number:05d}",
-                "images": [f"s3://{bucket}/in/{photo}.png"],
+                "images": [f"s3://{bucket}/in/{reference}.png"],
                 "class_noun": "person",
                 "prompts": [f"a photo of a {{subject}} number {number % 7}"],
                 "num_inference_steps": 2,
@@ -149,6 +157,11 @@ def calm(arena: Arena) -> Output:
 
 def test_an_undisturbed_run_keeps_its_promises(arena: Arena, calm: Output) -> None:
     assert not list(faults_of(calm, arena.ids, ITEMS, arena.proxy.applied))
+    unusable = {each: UNUSABLE[n % 100][1] for n, each in enumerate(arena.ids) if n % 100 in UNUSABLE}
+    assert {str(row["id"]): row["code"] for row in calm.lines(FAILED)} == unusable
+    pictures = [data for key, data in calm.objects.items() if key.startswith(f"{IMAGES}/")]
+    assert len(pictures) == ITEMS - len(unusable)
+    assert all(decode_image(data).size == PICTURE for data in pictures)
 
 
 def test_nothing_is_lost_or_doubled_whatever_is_killed(arena: Arena, calm: Output) -> None:
@@ -163,7 +176,7 @@ def test_nothing_is_lost_or_doubled_whatever_is_killed(arena: Arena, calm: Outpu
     assert not list(differences(calm, storm))
     assert len(arena.killed) >= WORKER_KILLS
     assert drivers >= DRIVER_KILLS
-    assert set(arena.proxy.faults) == {"unavailable", "reset", "slow", "truncated", "applied then dropped"}
+    assert set(arena.proxy.faults) == set(FAULTS)
 
 
 def test_a_finished_job_is_found_finished(arena: Arena, calm: Output) -> None:

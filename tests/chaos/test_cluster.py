@@ -15,28 +15,32 @@ import ray
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from instantbooth.ledger import RECORDS, Record
-from instantbooth.storage import FileStore
+from instantbooth.storage import ObjectStore, open_store
 from tests.chaos.check import Output, faults_of
-from tests.tiny import portrait, tiny_booth, tiny_model
+from tests.chaos.inputs import model_options, photo, write_model
 
 pytestmark = pytest.mark.chaos
 
 ROOT = Path(__file__).parent.parent.parent
-ROWS = 400
+ROWS = int(os.environ.get("CLUSTER_ROWS", "400"))
+IDS = [f"row-{number:04d}" for number in range(ROWS)]
 PROMPTS = ("photo", "drawing", "picture", "watercolor")
+PICTURES = ROWS * len(PROMPTS)
 WORKERS = 4
+WORKER = {"num_cpus": 3, "object_store_memory": 200_000_000}
+"""A node on which all stages find room: they need a CPU each."""
 PATIENCE_S = 900
 
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Any]:
-    """A cluster whose head takes no actors: diffusion runs on workers alone."""
+    """A cluster whose head has no CPUs to give: it takes no task and no actor."""
     from ray.cluster_utils import Cluster
 
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "platform"), str(ROOT)])
     cluster = Cluster(
         initialize_head=True,
-        head_node_args={"num_cpus": 2, "num_gpus": 0, "object_store_memory": 300_000_000, "include_dashboard": True},
+        head_node_args={"num_cpus": 0, "num_gpus": 0, "object_store_memory": 300_000_000, "include_dashboard": True},
     )
     ray.init(address=cluster.address, log_to_driver=False)
     yield cluster
@@ -44,67 +48,74 @@ def nodes() -> Iterator[Any]:
     cluster.shutdown()
 
 
-def write_job(folder: Path) -> list[str]:
+@pytest.fixture
+def output(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """On S3 where a server is at hand, else in a folder."""
+    if os.environ.get("AWS_ENDPOINT_URL"):
+        return f"s3://{request.getfixturevalue('bucket')}/cluster"
+    return str(tmp_path / "out")
+
+
+def write_job(folder: Path, output: str) -> list[str]:
     """The job's options; every row asks for the same four prompts, in as many steps as make the job last."""
-    tiny_booth(tiny_model(folder / "model")).save_weights(folder / "model" / "weights")
-    image, mask = portrait(0)
-    image.putalpha(mask)
-    image.save(folder / "photo.png")
+    (folder / "photo.png").write_bytes(photo(0))
     rows = [
         {
-            "id": f"row-{number:04d}",
+            "id": each,
             "images": [str(folder / "photo.png")],
             "class_noun": "person",
             "prompts": [f"a {kind} of a {{subject}}" for kind in PROMPTS],
             "num_inference_steps": 8,
         }
-        for number in range(ROWS)
+        for each in IDS
     ]
     (folder / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = {
         "manifest": folder / "manifest.jsonl",
-        "output": folder / "out",
-        "model.base": folder / "model" / "base",
-        "model.image-encoder": folder / "model" / "clip",
-        "model.weights": folder / "model" / "weights",
+        "output": output,
         "row-budget": 8,
         "rows-per-batch": 4,
         "diffusion.max": WORKERS,
     }
-    return [*(f"--{name}={value}" for name, value in options.items()), "--no-track"]
+    model = model_options(write_model(folder / "model"))
+    return [*(f"--{name}={value}" for name, value in options.items()), *model, "--no-track"]
 
 
-def test_a_job_grows_with_its_cluster_and_survives_the_loss_of_a_node(nodes: Any, tmp_path: Path) -> None:
+def test_a_job_grows_with_its_cluster_and_survives_the_loss_of_a_node(nodes: Any, tmp_path: Path, output: str) -> None:
     from jobs.demo import submit
 
-    worker = {"num_cpus": 1, "object_store_memory": 200_000_000}
-    workers = [nodes.add_node(**worker)]
+    workers = [nodes.add_node(**WORKER)]
     client = JobSubmissionClient(ray.get_runtime_context().gcs_address)
     started = time.monotonic()
-    job = submit(client, ["-m", "jobs.personalize", *write_job(tmp_path)], patience_s=60)
-    store = FileStore(tmp_path / "out")
-    wait_for(client, job, store, ROWS * len(PROMPTS) // 10)
-    print(f"\nafter {time.monotonic() - started:.0f} s: {makers(store)}")
-    workers += [nodes.add_node(**worker) for _ in range(WORKERS - 1)]
-    wait_for(client, job, store, ROWS * len(PROMPTS) // 2)
-    print(f"after {time.monotonic() - started:.0f} s: {makers(store)}")
-    lost = workers.pop(1)
+    job = submit(client, ["-m", "jobs.personalize", *write_job(tmp_path, output)], patience_s=60)
+    store = open_store(output)
+
+    def tell() -> None:
+        print(f"after {time.monotonic() - started:.0f} s: {makers(store)}")
+
+    wait_for(client, job, store, PICTURES // 10)
+    tell()
+    workers += [nodes.add_node(**WORKER) for _ in range(WORKERS - 1)]
+    wait_for(client, job, store, PICTURES // 2)
+    tell()
+    lost = next((each for each in workers[1:] if each.node_id in makers(store)), None)
+    assert lost is not None, "no node that came later has made a picture"
     nodes.remove_node(lost, allow_graceful=False)
     wait_for(client, job, store, None)
-    print(f"after {time.monotonic() - started:.0f} s: {makers(store)}")
+    tell()
     assert client.get_job_status(job) == JobStatus.SUCCEEDED, client.get_job_logs(job)[-3000:]
-    ids = [f"row-{number:04d}" for number in range(ROWS)]
-    assert not list(faults_of(Output.read(store), ids, ROWS * len(PROMPTS), {}))
+    assert not list(faults_of(Output.read(store), IDS, PICTURES, {}))
+    assert set(makers(store)) <= {each.node_id for each in workers}
     assert len(makers(store)) >= 3, "the job did not spread over the nodes that came"
 
 
-def makers(store: FileStore) -> Counter[str]:
+def makers(store: ObjectStore) -> Counter[str]:
     """Node → pictures it has made."""
     keys = [key for key in store.list(f"{RECORDS}/") if key.endswith(".json")]
-    return Counter(Record.from_bytes(store.get(key)).details["node"][:8] for key in keys)
+    return Counter(Record.from_bytes(store.get(key)).details["node"] for key in keys)
 
 
-def wait_for(client: JobSubmissionClient, job: str, store: FileStore, records: int | None) -> None:
+def wait_for(client: JobSubmissionClient, job: str, store: ObjectStore, records: int | None) -> None:
     """Until so many records are there, or the job has ended."""
     deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:

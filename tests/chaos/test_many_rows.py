@@ -7,11 +7,15 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.tiny import portrait, tiny_booth, tiny_model
+from pipelines.outcome import REPORT, SUCCESS, PersonalizeReport
+from pipelines.plan import IMAGES
+from tests.chaos.inputs import model_options, photo, write_model
+from tests.measured import MEASURED, Taken
 
 pytestmark = pytest.mark.chaos
 
@@ -19,28 +23,17 @@ ROOT = Path(__file__).parent.parent.parent
 ROWS = int(os.environ.get("MANY_ROWS", "100000"))
 FEW = 500
 
-MEASURED = """
-import atexit, pathlib, runpy, sys
-def tell():
-    peak = pathlib.Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]
-    print("peak kB:", peak, file=sys.stderr)
-atexit.register(tell)
-runpy.run_module("jobs.personalize", run_name="__main__", alter_sys=True)
-"""
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("many")
-    tiny_booth(tiny_model(folder / "model")).save_weights(folder / "model" / "weights")
-    image, mask = portrait(0)
-    image.putalpha(mask)
-    image.save(folder / "photo.png")
+    write_model(folder / "model")
+    (folder / "photo.png").write_bytes(photo(0))
     return folder
 
 
-def run(folder: Path, rows: int) -> tuple[float, float]:
-    """Peak memory of the driver in MB, and seconds, of a job of so many rows with one picture each."""
+def write_manifest(folder: Path, rows: int) -> Path:
+    """So many rows with one picture each."""
     manifest = folder / f"{rows}.jsonl"
     with manifest.open("w") as file:
         for number in range(rows):
@@ -54,30 +47,62 @@ def run(folder: Path, rows: int) -> tuple[float, float]:
                 "metadata": {"order": number, "note": "carried through to the results, unread " * 20},
             }
             file.write(json.dumps(row) + "\n")
+    return manifest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run of the job."""
+
+    megabytes: float
+    """The driver's, at most."""
+    seconds: float
+    report: PersonalizeReport
+
+
+def run(manifest: Path) -> Run:
+    """Runs the job into a folder beside the manifest."""
+    output = manifest.with_suffix("")
     command = [
-        *(sys.executable, "-c", MEASURED, "--manifest", manifest, "--output", folder / str(rows), "--no-track"),
-        *("--model.base", folder / "model" / "base", "--model.image-encoder", folder / "model" / "clip"),
-        *("--model.weights", folder / "model" / "weights", "--row-budget", 32, "--rows-per-batch", 32),
-        *("--diffusion.min", 2),
+        *(sys.executable, "-c", MEASURED, "--manifest", manifest, "--output", output, "--no-track"),
+        *(*model_options(manifest.parent / "model"), "--row-budget", 32, "--rows-per-batch", 32, "--diffusion.min", 2),
     ]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}/platform{os.pathsep}{ROOT}"}
     started = time.monotonic()
     ended = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-3000:]
     seconds = time.monotonic() - started
-    megabytes = int(ended.stderr.rpartition("peak kB:")[2]) / 1000
-    print(f"\n{rows:,} rows: the driver had {megabytes:.0f} MB at most, {seconds:.0f} s")
-    return megabytes, seconds
+    report = PersonalizeReport(**json.loads((output / REPORT).read_text()))
+    megabytes = Taken.of(ended.stderr).megabytes
+    print(f"\n{report.rows:,} rows, {report.made:,} pictures made: {megabytes:.0f} MB at most, {seconds:.0f} s")
+    return Run(megabytes=megabytes, seconds=seconds, report=report)
+
+
+def counts(report: PersonalizeReport) -> tuple[int, int, int]:
+    return report.rows, report.images, report.failed
+
+
+def newest_file(folder: Path) -> float:
+    return max(Path(parent, name).stat().st_mtime for parent, _, names in os.walk(folder) for name in names)
 
 
 def test_the_drivers_memory_hardly_grows_with_the_rows(folder: Path) -> None:
-    few, _ = run(folder, FEW)
-    many, _ = run(folder, ROWS)
-    report = json.loads((folder / str(ROWS) / "report.json").read_text())
-    assert (report["rows"], report["images"], report["failed"]) == (ROWS, ROWS, 0)
-    assert many < 1000
-    assert many - few < 200
-    megabytes, seconds = run(folder, ROWS)
-    assert json.loads((folder / str(ROWS) / "report.json").read_text()) == report
-    assert seconds < 30
-    assert megabytes < 1000
+    few = run(write_manifest(folder, FEW))
+    manifest = write_manifest(folder, ROWS)
+    many = run(manifest)
+    assert counts(many.report) == (ROWS, ROWS, 0)
+    assert many.report.made == ROWS
+    assert many.megabytes < 1000
+    assert many.megabytes - few.megabytes < 200
+    again = run(manifest)
+    assert again.report == many.report
+    assert again.seconds < 30
+    assert again.megabytes < 1000
+    output = manifest.with_suffix("")
+    made = newest_file(output / IMAGES)
+    (output / SUCCESS).unlink()
+    resumed = run(manifest)
+    assert counts(resumed.report) == (ROWS, ROWS, 0)
+    assert resumed.report.made == 0
+    assert newest_file(output / IMAGES) == made
+    assert resumed.megabytes < 1000

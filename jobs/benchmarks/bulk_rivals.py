@@ -1,0 +1,77 @@
+"""What the bulk job is measured against: the loop a user would write, and engines alone on prepared concepts."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from instantbooth import Concept, Personalizer
+from instantbooth.engine import Engine
+from instantbooth.images import decode_image, encode_png
+from instantbooth.manifest import ManifestRow
+from instantbooth.storage import read_uri
+from pipelines.model import ModelConfig
+from pipelines.plan import SETTINGS
+
+
+def loop_rate(booth: Personalizer, rows: Sequence[ManifestRow], folder: Path) -> float:
+    """Pictures a second, warm, one identity at a time: read, encode, generate its prompts together, write."""
+    booth.generate(rows[0].prompts[0], encode(booth, rows[0]), num_inference_steps=2)
+    started = time.perf_counter()
+    for row in rows:
+        concept = encode(booth, row)
+        for number, picture in enumerate(booth.generate(list(row.prompts), concept, seed=row.seed or 0)):
+            (folder / f"{row.id}-{number}.png").write_bytes(encode_png(picture, {}))
+    return sum(len(row.prompts) for row in rows) / (time.perf_counter() - started)
+
+
+def engines_rate(model: ModelConfig, device: str, engines: int, work: Sequence[tuple[Sequence[str], Concept]]) -> float:
+    """Pictures a second of engines in processes of their own, which have every concept and request from the start."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(engines, spawn, initializer=_start_together, initargs=(spawn.Barrier(engines),)) as pool:
+        shares = [work[n::engines] for n in range(engines)]
+        spans = list(pool.map(_engine_span, shares, [model] * engines, [device] * engines))
+    pictures = sum(len(prompts) for prompts, _ in work)
+    return pictures / (max(end for _, end in spans) - min(start for start, _ in spans))
+
+
+def encode(booth: Personalizer, row: ManifestRow) -> Concept:
+    """The row's concept, from its references."""
+    return booth.encode(_read(row.images), class_noun=row.class_noun, masks=row.masks and _read(row.masks))
+
+
+_barrier: Barrier
+
+
+def _start_together(barrier: Barrier) -> None:
+    global _barrier
+    _barrier = barrier
+
+
+def _engine_span(work: Sequence[tuple[Sequence[str], Concept]], model: ModelConfig, device: str) -> tuple[float, float]:
+    """When one engine, warm, began and ended."""
+    if device == "cpu":
+        torch.set_num_threads(1)
+    booth = model.load(device=device)
+    requests = [
+        request
+        for prompts, concept in work
+        for request in booth.requests(prompts, concept, seed=0, **dict.fromkeys(SETTINGS))
+    ]
+    with Engine(booth) as engine:
+        _barrier.wait()
+        started = time.time()
+        for ticket in [engine.submit(request) for request in requests]:
+            ticket.result()
+        return started, time.time()
+
+
+def _read(uris: Sequence[str]) -> list[Image.Image]:
+    return [decode_image(read_uri(uri), name=uri) for uri in uris]

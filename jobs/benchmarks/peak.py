@@ -1,0 +1,45 @@
+"""How much of a GPU's arithmetic the U-Net takes at a rate of pictures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from instantbooth import Concept, Personalizer
+from instantbooth.config import GenerationDefaults
+from instantbooth.model.denoise import denoise
+from pipelines.plan import SETTINGS
+
+H100_TFLOPS = 989.0
+PEAK_TFLOPS = {"NVIDIA H100 80GB HBM3": H100_TFLOPS, "NVIDIA H200": H100_TFLOPS}
+"""GPU → dense bf16 peak, by the data sheets of the SXM modules, whose arithmetic is the same."""
+ONE_STEP: dict[str, Any] = dict.fromkeys(SETTINGS) | {"num_inference_steps": 1}
+"""Settings of a picture that takes one step, else as the weights have it."""
+
+
+def known_peak() -> float | None:
+    """Of this machine's GPU; None without one, or with one that is not in the table."""
+    return PEAK_TFLOPS.get(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+
+
+@torch.inference_mode()
+def unet_tflop(booth: Personalizer, concept: Concept) -> float:
+    """10¹² floating-point operations of the U-Net and its adapters in one step of a picture, counted as they are done.
+
+    A guided picture has two rows in a step, of which the adapters work on one.
+    """
+    [row] = booth.rows(booth.requests("a photo of a {subject}", concept, seed=0, **ONE_STEP))
+    row.keys_values = booth.keys_values(concept)
+    # The counter knows the products that attention is made of, not every device's kernel for the whole.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        for _ in denoise(booth.base.unet, [row]):
+            pass
+    return counter.get_total_flops() / 1e12
+
+
+def share_of_peak(pictures_per_s: float, tflop: float, defaults: GenerationDefaults, peak_tflops: float) -> float:
+    """What the U-Net takes for pictures of these settings; `tflop` is of a step of one picture."""
+    return pictures_per_s * defaults.num_inference_steps * tflop / peak_tflops
