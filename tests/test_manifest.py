@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from instantbooth.errors import ManifestError
-from instantbooth.manifest import SAMPLERS, ManifestRow, check_manifest, read_manifest, read_prompt_sets, scan_manifest
+from instantbooth.manifest import (
+    CONTROL,
+    SAMPLERS,
+    ManifestRow,
+    check_manifest,
+    read_manifest,
+    read_prompt_sets,
+    scan_manifest,
+)
 from instantbooth.model import samplers
 
 GOOD = {"id": "ada", "images": ["s3://in/ada.jpg"], "class_noun": "person", "prompts": ["a photo of a {subject}"]}
@@ -72,8 +80,9 @@ def test_a_full_row_arrives_unchanged() -> None:
     assert pickle.loads(pickle.dumps(read)) == read
 
 
-def unbraced(text: str) -> str:
-    return text.replace("{", "")
+def prompt_text() -> st.SearchStrategy[str]:
+    """Any text that may stand in a prompt beside the subject."""
+    return st.text(max_size=900).map(lambda text: CONTROL.sub("", text.replace("{", "")))
 
 
 ROWS = st.lists(
@@ -82,14 +91,14 @@ ROWS = st.lists(
         id=st.from_regex(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}", fullmatch=True),
         images=st.lists(st.sampled_from(["s3://in/a.jpg", "file:///b|c, d.png"]), min_size=1, max_size=16).map(tuple),
         class_noun=st.sampled_from(["person", "kitten"]),
-        prompts=st.lists(st.text().map(lambda text: unbraced(text) + "{subject}"), min_size=1).map(tuple),
+        prompts=st.lists(prompt_text().map("{}{{subject}}".format), min_size=1).map(tuple),
         seed=st.none() | st.integers(0, 2**63 - 1),
         guidance_scale=st.none() | st.floats(0, 30),
         adapter_scale=st.none() | st.floats(0, 2),
         num_images_per_prompt=st.integers(1, 16),
         num_inference_steps=st.none() | st.integers(1, 1000),
         # An empty cell of a CSV means "not given".
-        negative_prompt=st.none() | st.text().map(unbraced).filter(str.strip),
+        negative_prompt=st.none() | prompt_text().filter(str.strip),
         sampler=st.none() | st.sampled_from(SAMPLERS),
         size=st.none() | st.builds("{}x{}".format, *[st.integers(1, 200).map(lambda eights: 8 * eights)] * 2),
         metadata=st.dictionaries(st.text(), st.text() | st.integers() | st.booleans()),
@@ -137,6 +146,16 @@ def test_rows_survive_being_written_and_read(kind: str, named: bool, rows: list[
         (line(prompts="a {subject}"), "prompts: must be a list"),
         (line(prompts=["a {subject}", "a cat"]), r"prompts: must each hold \{subject\} exactly once, one is \"a cat\""),
         (line(prompts=["{subject} and {subject}"]), "prompts: must each hold"),
+        (
+            line(prompts=["a \0{subject}"]),
+            r"prompts: must hold no control character, one is \"a \\u0000\{subject\}\"; remove it",
+        ),
+        (
+            line(prompts=["{subject}", "{subject}" + "y" * 992]),
+            "prompts: must have at most 1000 .*, one has 1001; shor",
+        ),
+        (line(negative_prompt="\x1b[0m"), "negative_prompt: must hold no control character"),
+        (line(negative_prompt="x" * 70_000), "negative_prompt: must have at most 1000 characters, one has 70000"),
         (line(num_images_per_prompt=None), "num_images_per_prompt: must be a whole number from 1 to 16, is None"),
         (line(seed=-1), "seed: .*raise it to 0 or more"),
         (line(num_inference_steps=25.5), "num_inference_steps: must be a whole number from 1 to 1000, is 25.5"),
