@@ -25,12 +25,16 @@ SETTINGS = ("num_inference_steps", "guidance_scale", "adapter_scale", "concept_s
 
 @dataclass(frozen=True, kw_only=True)
 class ModelIdentity:
-    """What of the model determines pictures."""
+    """What of the model determines pictures: the weights' content, and the names of the other parts."""
 
     base: str
     image_encoder: str | None
     weights: str
     """Digest of the trained weights."""
+    config: str
+    """Digest of their config.json: the defaults of what rows leave out, and the placeholder."""
+    patch_layer: int = -1
+    """Of the image encoder: what config.json says of concepts."""
     segmenter: str | None = None
     """What finds the subject where no mask is given."""
     image_format: str = "png"
@@ -63,7 +67,8 @@ def pieces(row: ManifestRow, model: ModelIdentity) -> list[Piece]:
 
 def concept_key(row: ManifestRow, model: ModelIdentity) -> str:
     """Where the row's concept is stored; rows with the same pictures of one subject share it."""
-    subject = work_id("concept", *_subject(row), model.base, model.image_encoder, model.weights, model.segmenter)
+    encoders = (model.base, model.image_encoder, model.weights, model.patch_layer, model.segmenter)
+    subject = work_id("concept", *_subject(row), *encoders)
     return f"{CONCEPTS}/{subject}.safetensors"
 
 
