@@ -12,8 +12,9 @@ from instantbooth.errors import ConditionalWriteError, ParameterError
 from instantbooth.storage import FileStore
 from jobs.benchmarks.million import MillionEstimate, page
 from jobs.bulk import _event_log, _events
+from pipelines.checks import check_store
 from pipelines.outcome import Outcome
-from pipelines.personalize import PersonalizeConfig, Pool, Tally, _bound, _check_store
+from pipelines.personalize import PersonalizeConfig, Pool, Tally, _bound
 
 
 def test_every_failure_is_an_event_and_progress_adds_up(tmp_path: Path) -> None:
@@ -48,11 +49,11 @@ def test_a_store_without_conditional_writes_is_refused_or_used_with_a_warning(
             return True
 
     with pytest.raises(ConditionalWriteError, match="--allow-unconditional"):
-        _check_store(Careless(tmp_path), allow_unconditional=False)
+        check_store(Careless(tmp_path), allow_unconditional=False)
     assert not caplog.records
-    assert _check_store(Careless(tmp_path), allow_unconditional=True) is False
+    assert check_store(Careless(tmp_path), allow_unconditional=True) is False
     assert "NOT EXACTLY ONCE" in caplog.text
-    assert _check_store(FileStore(tmp_path / "good"), allow_unconditional=True) is True
+    assert check_store(FileStore(tmp_path / "good"), allow_unconditional=True) is True
 
 
 def test_the_page_on_a_million_identities_is_what_the_command_prints() -> None:
@@ -64,6 +65,13 @@ def test_options_that_cannot_work_are_refused() -> None:
     for wrong in ({"min": 0}, {"min": 3, "max": 2}, {"gpus": 1.5}, {"gpus": -1.0}):
         with pytest.raises(ParameterError, match="correct"):
             Pool(**wrong)
-    for option in ({"image_format": "gif"}, {"exact": True}, {"max_failures": -1}, {"cost_per_gpu_hour": -1.0}):
+    for option in (
+        {"image_format": "gif"},
+        {"exact": True},
+        {"max_failures": -1},
+        {"max_failures": float("nan")},
+        {"row_budget": 0},
+        {"cost_per_gpu_hour": -1.0},
+    ):
         with pytest.raises(ParameterError, match=next(iter(option))):
             PersonalizeConfig(manifest="m.jsonl", output="out", **option)
