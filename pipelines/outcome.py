@@ -8,12 +8,13 @@ import tempfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from typing import IO, Any
 
 from instantbooth.errors import InstantBoothError, MissingObjectError, StorageError
-from instantbooth.images import decode_image
+from instantbooth.images import ImageLimits, decode_image
 from instantbooth.ledger import RECORDS, Ledger, Record
 from instantbooth.manifest import ManifestRow
 from instantbooth.storage import ObjectStore, patiently, read_uri
@@ -242,22 +243,27 @@ def _completed(run: PersonalizeReport, summary: Summary, model: ModelIdentity) -
 
 
 def _shown(store: ObjectStore, sample: Iterable[tuple[ManifestRow, Made]]) -> Iterator[dict[str, object]]:
-    """The sampled rows for the page; a reference that has gone since is left out."""
+    """The sampled rows for the page."""
     for row, made in sample:
-        references = []
-        for uri in row.images[:3]:
-            try:
-                references.append(thumbnail_uri(decode_image(read_uri(uri), name=uri), THUMBNAIL))
-            except InstantBoothError:
-                continue
+        references = [_thumbnail(read_uri, uri) for uri in row.images[:3]]
         pictures = [
-            (piece.prompt, _picture(store, record.key)) for piece, record in made[:SAMPLE_PICTURES] if record.key
+            (piece.prompt, _thumbnail(store.get, record.key)) for piece, record in made[:SAMPLE_PICTURES] if record.key
         ]
-        yield {"id": row.id, "references": references, "pictures": pictures, "more": len(made) - len(pictures)}
+        yield {
+            "id": row.id,
+            "references": [reference for reference in references if reference],
+            "pictures": [(prompt, picture) for prompt, picture in pictures if picture],
+            "more": len(made) - len(pictures),
+        }
 
 
-def _picture(store: ObjectStore, key: str) -> str:
-    return thumbnail_uri(decode_image(patiently(lambda: store.get(key)), name=key), THUMBNAIL)
+def _thumbnail(read: Callable[..., bytes], name: str) -> str | None:
+    """A small copy for the page; None for a picture that has gone since, or is none any more."""
+    try:
+        data = patiently(partial(read, name, max_bytes=ImageLimits.max_bytes))
+        return thumbnail_uri(decode_image(data, name=name), THUMBNAIL)
+    except InstantBoothError:
+        return None
 
 
 def _put(store: ObjectStore, key: str, data: Any) -> None:

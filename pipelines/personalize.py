@@ -36,6 +36,8 @@ OVERLAP = 2
 """Batches that an actor works on at once: the engine stays full while one of them ends."""
 MAX_BLOCKS = 2000
 """Ray Data keeps some kilobytes in the driver for each block."""
+MAX_FAULTS = 1000
+"""Faults of a manifest that are told; further ones are counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +71,11 @@ class PersonalizeConfig:
     """What is generated, with what, and where it goes."""
 
     manifest: str
-    """URI of the manifest: JSON Lines, CSV or Parquet."""
+    """URI of the manifest: JSON Lines, CSV or Parquet. Pictures are known by the URIs of their references, not by what
+    is there: a changed photo needs a new name."""
     output: str
-    """URI of the folder for pictures and records. Run again with the same one, a job does what is missing."""
+    """URI of the folder for pictures and records. Run again with the same one, a job does what is missing. The
+    failed.jsonl there is a manifest to run into another output."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Base model and weights."""
     prompt_sets: str | None = None
@@ -90,7 +94,8 @@ class PersonalizeConfig:
     """U-Net rows in a step (a guided picture has two); None lets each actor measure what suits it."""
     exact: bool = False
     """Whether a guided picture shall be the same to the last bit in any company, not only up to rounding; for a given
-    row_budget, on processors of one kind. Batches that are not full take as long as full ones."""
+    row_budget, on processors of one kind. Batches that are not full take as long as full ones. Pictures that an
+    earlier run made without it stay as they are."""
     max_failures: int | float | None = None
     """The job stops once more of its rows than this have failed, over all its runs, or cannot be done for now: a
     number, or below 1 a share of the manifest's rows. Failed rows are settled: run again, it stops at once, unless it
@@ -142,6 +147,11 @@ class Tally:
     def images_per_second(self) -> float:
         """Since the start, loading the models included."""
         return self.made / max(1e-9, time.monotonic() - self.started)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At the pace since the start; None before the first row."""
+        return None if not self.done else (self.rows - self.done) * (time.monotonic() - self.started) / self.done
 
     def add(self, outcome: Outcome) -> None:
         """Counts a row in."""
@@ -228,27 +238,49 @@ class Manifest:
         return (row for row, _ in self.scan() if row is not None)
 
 
+@dataclass(kw_only=True)
+class Faults:
+    """What is wrong with a manifest."""
+
+    first: list[str] = field(default_factory=list)
+    count: int = 0
+
+    def add(self, faults: list[str]) -> None:
+        """Counts a row's faults in."""
+        self.first += faults[: MAX_FAULTS - len(self.first)]
+        self.count += len(faults)
+
+    def check(self) -> None:
+        """Raises ManifestError if there are any."""
+        if self.count > len(self.first):
+            raise ManifestError("\n".join([*self.first, f"and {self.count - len(self.first):,} more"]))
+        if self.first:
+            raise ManifestError("\n".join(self.first))
+
+
 def load_manifest(uri: str) -> list[ManifestRow]:
-    """The rows of a short manifest. Raises ManifestError with every fault of every row."""
-    scanned = list(Manifest(PersonalizeConfig(manifest=uri, output="")).scan())
-    if faults := [fault for _, row_faults in scanned for fault in row_faults]:
-        raise ManifestError("\n".join(faults))
-    return [row for row, _ in scanned if row is not None]
+    """The rows of a short manifest. Raises ManifestError with its faults."""
+    faults, rows = Faults(), []
+    for row, row_faults in Manifest(PersonalizeConfig(manifest=uri, output="")).scan():
+        faults.add(row_faults)
+        rows += [row] if row is not None else []
+    faults.check()
+    return rows
 
 
 def _plan(
     config: PersonalizeConfig, manifest: Manifest, model: ModelIdentity, ledger: Ledger
 ) -> tuple[list[bytes], Tally]:
-    """The rows with anything left to do, in chunks for a worker. ManifestError with every fault of every row."""
+    """The rows with anything left to do, in chunks for a worker. ManifestError with the faults of all rows."""
     settled = Settled(ledger.committed())
-    faults: list[str] = []
+    faults = Faults()
     tally = Tally(rows=0, images=0)
 
     def tasks() -> Iterator[Task]:
         for row, row_faults in manifest.scan():
             tally.manifest_rows += 1
-            faults.extend(row_faults)
-            if row is None or faults:
+            faults.add(row_faults)
+            if row is None or faults.count:
                 continue
             missing = [number for number, piece in enumerate(pieces(row, model)) if piece.work not in settled]
             if missing:
@@ -257,8 +289,7 @@ def _plan(
                 yield Task(row=row, missing=tuple(missing))
 
     chunks = list(packed(tasks(), config.rows_per_batch))
-    if faults:
-        raise ManifestError("\n".join(faults))
+    faults.check()
     return chunks, tally
 
 

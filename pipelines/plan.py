@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from instantbooth.ledger import work_id
 from instantbooth.manifest import ManifestRow
 
 ID_BYTES = 16
+WORK_ID = re.compile(rf"[0-9a-f]{{{2 * ID_BYTES}}}")
 IMAGES = "images"
 CONCEPTS = "concepts"
 SETTINGS = ("num_inference_steps", "guidance_scale", "adapter_scale", "concept_scale", "negative_prompt", "sampler")
@@ -77,7 +79,10 @@ class Settled:
 
     def __init__(self, works: Iterable[str]) -> None:
         """`works` are ids as `work_id` makes them; anything else is left out."""
-        known = b"".join(bytes.fromhex(work) for work in works if len(work) == 2 * ID_BYTES)
+        known = bytearray()
+        for work in works:
+            if WORK_ID.fullmatch(work):
+                known += bytes.fromhex(work)
         self._works = np.sort(np.frombuffer(known, dtype=f"S{ID_BYTES}"))
 
     def __contains__(self, work: str) -> bool:

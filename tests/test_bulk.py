@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from instantbooth.errors import ConditionalWriteError, ParameterError
+from instantbooth.errors import ConditionalWriteError, ManifestError, ParameterError
 from instantbooth.storage import FileStore
 from jobs.benchmarks.million import MillionEstimate, page
-from jobs.bulk import _event_log, _events
+from jobs.bulk import BulkConfig, _event_log, _events, _tracked
 from pipelines.checks import check_store
+from pipelines.model import ModelConfig
 from pipelines.outcome import Outcome
-from pipelines.personalize import PersonalizeConfig, Pool, Tally, _bound
+from pipelines.personalize import PersonalizeConfig, Pool, Tally, _bound, load_manifest
 
 
 def test_every_failure_is_an_event_and_progress_adds_up(tmp_path: Path) -> None:
@@ -33,11 +34,31 @@ def test_every_failure_is_an_event_and_progress_adds_up(tmp_path: Path) -> None:
     assert [event["event"] for event in events] == ["started", "progress", "row_failed", "progress"]
     assert (events[2]["id"], events[2]["error"]) == ("eve", "too long")
     assert (events[3]["rows_done"], events[3]["rows_failed"], events[3]["images"]) == (3, 1, 5)
+    assert (events[1]["rows"], events[3]["seconds_left"]) == (3, 0)
+    assert events[1]["seconds_left"] == pytest.approx(4, abs=1)
     assert events[3]["images_per_second"] == pytest.approx(2.5, rel=0.1)
+
+
+def test_points_that_a_tracking_server_missed_are_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    away = ModelConfig(tracking_uri="http://127.0.0.1:9")
+    with _tracked(BulkConfig(manifest="rows.jsonl", output="s3://bucket/run", model=away)) as tell:
+        assert tell is not None
+        tell(Tally(rows=1, images=1), None)
+    assert "1 points of the curves are lost: MLflow at http://127.0.0.1:9" in capsys.readouterr().err
 
 
 def test_failures_are_bounded_by_number_or_by_share() -> None:
     assert (_bound(0, 200), _bound(3, 200), _bound(0.05, 200)) == (0, 3, 10)
+
+
+def test_the_faults_of_a_hopeless_manifest_are_told_up_to_a_number(tmp_path: Path) -> None:
+    manifest = tmp_path / "rows.jsonl"
+    manifest.write_text("oops\n" * 1500)
+    with pytest.raises(ManifestError, match=r"line 1000: .*\nand 500 more$"):
+        load_manifest(str(manifest))
 
 
 def test_a_store_without_conditional_writes_is_refused_or_used_with_a_warning(

@@ -40,7 +40,7 @@ def test_settled_works_are_known_and_others_are_not() -> None:
     works = [work_id("item", number) for number in range(2000)]
     settled = Settled(random.Random(0).sample(works[:1000], 1000))
     assert [work in settled for work in works] == [True] * 1000 + [False] * 1000
-    assert works[0] not in Settled(["not-an-id"])
+    assert works[0] not in Settled(["not-an-id", "x" * 32, " " * 32])
 
 
 def test_a_manifest_is_carried_whole_in_a_fraction_of_its_memory() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -60,6 +61,12 @@ class Bench:
     def run(self, *rows: ManifestRow) -> dict[str, Outcome]:
         """Takes the rows through all stages."""
         return self.finished(self.fetched(*rows))
+
+    def job(self, *rows: ManifestRow) -> PersonalizeConfig:
+        """A job with these rows into the same output."""
+        manifest = self.folder / "manifest.jsonl"
+        manifest.write_text("".join(row.to_json() + "\n" for row in rows))
+        return PersonalizeConfig(manifest=str(manifest), output=self.stages.output, model=self.stages.model)
 
     def records(self) -> list[str]:
         return list(self.output.list(f"{RECORDS}/"))
@@ -166,13 +173,22 @@ def test_an_error_on_a_device_that_no_longer_computes_ends_the_worker(monkeypatc
 
 
 def test_an_earlier_output_that_is_not_there_is_refused_before_any_row(bench: Bench) -> None:
-    (bench.folder / "manifest.jsonl").write_text(bench.row("ada").to_json())
-    config = PersonalizeConfig(
-        manifest=str(bench.folder / "manifest.jsonl"),
-        output=str(bench.folder / "out"),
-        model=bench.stages.model,
-        concepts=str(bench.folder / "typo"),
-    )
     with pytest.raises(StorageError, match="typo is no earlier output"):
-        personalize(config)
+        personalize(replace(bench.job(bench.row("ada")), concepts=str(bench.folder / "typo")))
     assert not [key for key in bench.records() if key.endswith(".json")]
+
+
+def test_a_job_with_nothing_to_do_starts_no_cluster_and_bears_a_lost_picture(bench: Bench) -> None:
+    def cluster() -> AbstractContextManager[None]:
+        raise AssertionError("Ray was started")
+
+    rows = [bench.row("ada"), bench.row("eve")]
+    assert [outcome.succeeded for outcome in bench.run(*rows).values()] == [1, 1]
+    lost, kept = (bench.folder / "out" / key for key in bench.output.list("images/"))
+    lost.unlink()
+    report = personalize(bench.job(*rows), cluster=cluster)
+    assert (report.rows, report.images, report.made) == (2, 2, 0)
+    # Both references are shown, and the picture that is there.
+    assert kept.is_file()
+    assert bench.output.get("report.html").count(b"data:image/jpeg") == 3
+    assert personalize(bench.job(*rows), cluster=cluster) == report
