@@ -130,26 +130,6 @@ NULLABLE = tuple(each.name for each in fields(ManifestRow) if each.default is No
 DEFAULTS = dict.fromkeys(NULLABLE) | {"num_images_per_prompt": 1, "metadata": {}, "attempt": 0}
 
 
-def read_manifest(
-    data: bytes | Iterable[bytes], *, name: str = "", prompt_sets: PromptSets | None = None
-) -> Iterator[ManifestRow]:
-    """Rows of a manifest; `scan_manifest` says what `data`, `name` and `prompt_sets` are.
-
-    Raises ManifestError at the first bad row, with all of that row's faults, and for a manifest without rows.
-    """
-    for row, faults in scan_manifest(data, name=name, prompt_sets=prompt_sets):
-        if row is None:
-            raise ManifestError("\n".join(faults))
-        yield row
-
-
-def check_manifest(
-    data: bytes | Iterable[bytes], *, name: str = "", prompt_sets: PromptSets | None = None
-) -> list[str]:
-    """Every fault of every row, as `line N: field: rule, value, fix`; empty for a manifest that can be worked on."""
-    return [fault for _, faults in scan_manifest(data, name=name, prompt_sets=prompt_sets) for fault in faults]
-
-
 def scan_manifest(
     data: bytes | Iterable[bytes], *, name: str = "", prompt_sets: PromptSets | None = None
 ) -> Iterator[tuple[ManifestRow | None, list[str]]]:
