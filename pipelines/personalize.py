@@ -2,8 +2,9 @@
 
 Every picture is a piece of work in the ledger: made once, however often the job is killed and started again. The
 output holds `images/<row id>/<prompt>-<number>-<work>.png`, each with its provenance inside; `concepts/`; `records/`,
-the truth; and at the end `succeeded.jsonl` and `failed.jsonl`, a line for each row, `report.json`, `report.html`, and
-`_SUCCESS.json`. A manifest is read as a stream, once to plan and once to tell the outcome, so that it may be long.
+the truth; `_FAILURES.json`, how many rows have failed so far; and at the end `succeeded.jsonl` and `failed.jsonl`, a
+line for each row, `report.json`, `report.html`, and `_SUCCESS.json`. A manifest is read as a stream, once to plan and
+once to tell the outcome, so that it may be long.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from instantbooth.errors import ConditionalWriteError, ManifestError, ParameterE
 from instantbooth.storage import FileStore
 from jobs.benchmarks.million import MillionEstimate, page
 from jobs.bulk import BulkConfig, _event_log, _events, _tracked
-from pipelines.checks import check_store
+from pipelines.checks import check_manifest_apart, check_store
 from pipelines.model import ModelConfig
 from pipelines.outcome import Outcome
 from pipelines.personalize import PersonalizeConfig, Pool, Tally, _bound, load_manifest
@@ -75,6 +75,22 @@ def test_a_store_without_conditional_writes_is_refused_or_used_with_a_warning(
     assert check_store(Careless(tmp_path), allow_unconditional=True) is False
     assert "NOT EXACTLY ONCE" in caplog.text
     assert check_store(FileStore(tmp_path / "good"), allow_unconditional=True) is True
+
+
+def test_a_run_into_its_own_manifest_is_refused_however_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for manifest, output in (
+        ("s3://out/run/failed.jsonl", "s3://out/run/"),
+        ("s3://out/failed.jsonl", "s3://out"),
+        ("out/../run/failed.jsonl", (tmp_path / "run").as_uri()),
+        ("failed.jsonl", str(tmp_path)),
+    ):
+        with pytest.raises(ParameterError, match=f"{manifest} is what the run would replace"):
+            check_manifest_apart(manifest, output)
+        check_manifest_apart(manifest, f"{output.rstrip('/')}/again")
+    check_manifest_apart("s3://out/run/orders.jsonl", "s3://out/run")
 
 
 def test_the_page_on_a_million_identities_is_what_the_command_prints() -> None:
