@@ -38,8 +38,8 @@ class BulkConfig(PersonalizeConfig):
 
 
 def run(config: BulkConfig) -> PersonalizeReport:
-    """Personalizes on the cluster and prints the counts."""
-    with ray_cluster(), _event_log(config.log) as write, _bar() as show:
+    """Personalizes on the cluster, which is started or joined where there is work, and prints the counts."""
+    with _event_log(config.log) as write, _bar() as show:
         logged = _events(write)
 
         def tell(tally: Tally, outcome: Outcome | None) -> None:
@@ -49,8 +49,8 @@ def run(config: BulkConfig) -> PersonalizeReport:
                 tracked(tally, outcome)
 
         with _tracked(config) as tracked:
-            report = personalize(config, tell)
-        write("finished", {name: value for name, value in asdict(report).items() if name not in ("gpus",)})
+            report = personalize(config, tell, ray_cluster)
+        write("finished", {name: value for name, value in asdict(report).items() if name != "gpus"})
     console = Console(soft_wrap=True)
     done = report.rows - report.failed
     console.print(f"{report.images} pictures for {done} of {report.rows} rows at {config.output}; see {PAGE}")
@@ -71,7 +71,8 @@ def _events(write: Callable[[str, dict[str, object]], None]) -> Tell:
             write("row_failed" if outcome.failed else "row_open", asdict(outcome))
         if outcome is not None and (time.monotonic() >= due or tally.done == tally.rows):
             due = time.monotonic() + EVERY_S
-            write("progress", _counters(tally))
+            left = None if tally.seconds_left is None else round(tally.seconds_left)
+            write("progress", {"rows": tally.rows, **_counters(tally), "seconds_left": left})
 
     return tell
 
@@ -137,11 +138,13 @@ def _tracked(config: BulkConfig) -> Iterator[Tell | None]:
         status = "KILLED"
         raise
     finally:
+        missed, why = delivery.close(), ""
         try:
-            missed = delivery.close()
             open_run(config.model.tracking_uri, config.output).end(status)
         except TrackingError as error:
-            Console(stderr=True, soft_wrap=True).print(f"{missed} points of the curves are lost: {error}")
+            why = f": {error}"
+        if missed or why:
+            Console(stderr=True, soft_wrap=True).print(f"{missed} points of the curves are lost{why}")
 
 
 def _curves(delivery: Delivery) -> Tell:

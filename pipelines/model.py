@@ -6,38 +6,58 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 
 from instantbooth import Personalizer
+from instantbooth.model.base import check_layout, local_folder
 from instantbooth.model.subjects import SubjectEncoder
-from instantbooth.model.weights import read_tensors, tensors_digest
-from instantbooth.presets import preset, tracking_uri
+from instantbooth.model.weights import CONFIG_FILE, read_tensors, tensors_digest, trained_parts
+from instantbooth.presets import tracking_uri
 from instantbooth.tracking import resolve_weights
 from pipelines.plan import ModelIdentity
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A base model and trained weights. Folders must be within reach of every worker."""
+    """A base model and trained weights. Folders must be within reach of every worker.
+
+    Pictures are known by the content of the weights, and by the names of the other parts: changed parts need new ones.
+    """
 
     base: str = "miniature"
-    """Preset, or folder of a Stable Diffusion model."""
+    """Preset, or folder of a Stable Diffusion model. A bulk job knows it by this name: a changed one needs another."""
     image_encoder: str | None = None
-    """CLIP folder; the preset's, or the base folder's image_encoder/, if none is given."""
+    """CLIP folder; the preset's, or the base folder's image_encoder/, if none is given. Known by this name, too."""
     segmenter: str | None = None
-    """Folder of a segmentation model, for references without mask and alpha channel; the preset's if none is given."""
+    """Folder of a segmentation model, for references without mask and alpha channel; the preset's if none is given.
+    Known by this name, too."""
     weights: str | None = None
-    """Weights folder, or a registered one such as models:/instantbooth@candidate; the preset's if none is given."""
+    """Weights folder, or a registered one such as models:/instantbooth@candidate; the preset's if none is given.
+    Known by their content, the defaults in config.json included."""
     tracking_uri: str = field(default_factory=tracking_uri)
     """MLflow: the registry of models:/ URIs, and where trainings are tracked. By default MLFLOW_TRACKING_URI."""
 
     def identity(self) -> ModelIdentity:
-        """What of the model determines pictures, without loading it. WeightsError where the weights are missing."""
-        with self._folder() as folder:
-            weights = tensors_digest(read_tensors(folder or Path(preset(self.base).weights or "")))
-        return ModelIdentity(
-            base=self.base, image_encoder=self.image_encoder, weights=weights, segmenter=self.segmenter
-        )
+        """What of the model determines pictures, without loading it.
+
+        Raises WeightsError or BaseModelError for a part that is not there.
+        """
+        with self._folder() as weights:
+            parts, folder, config = trained_parts(self.base, weights, self.image_encoder, self.segmenter)
+            if (base := local_folder(parts.base)) is not None:
+                check_layout(base)
+            for part in (parts.image_encoder, parts.segmenter):
+                if part is not None:
+                    local_folder(part)
+            return ModelIdentity(
+                base=self.base,
+                image_encoder=self.image_encoder,
+                segmenter=self.segmenter,
+                weights=tensors_digest(read_tensors(folder)),
+                config=sha256((folder / CONFIG_FILE).read_bytes()).hexdigest(),
+                patch_layer=config.patch_layer,
+            )
 
     def load(self, *, device: str) -> Personalizer:
         """The model on a device. Raises WeightsError or BaseModelError where a part is missing or does not fit."""

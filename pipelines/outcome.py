@@ -8,13 +8,14 @@ import tempfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from typing import IO, Any
 
 from instantbooth.errors import InstantBoothError, MissingObjectError, StorageError
-from instantbooth.images import decode_image
-from instantbooth.ledger import Ledger, Record
+from instantbooth.images import ImageLimits, decode_image
+from instantbooth.ledger import RECORDS, Ledger, Record
 from instantbooth.manifest import ManifestRow
 from instantbooth.storage import ObjectStore, patiently, read_uri
 from pipelines.page import render, thumbnail_uri
@@ -48,9 +49,9 @@ class Outcome:
     succeeded: int
     failed: int
     open: int
-    """Pictures whose record could not be written."""
+    """Pictures that have no record, for a reason that says nothing of them: a store that did not answer."""
     code: str = ""
-    """The first failure."""
+    """The first failure, or why pictures are open."""
     error: str = ""
 
 
@@ -125,14 +126,13 @@ class Summary:
             self.sample[place : place + 1] = [(row, made)]
 
 
-def earlier_report(store: ObjectStore, job: str) -> PersonalizeReport | None:
-    """The report of this very job where it is finished."""
+def earlier_report(store: ObjectStore) -> PersonalizeReport | None:
+    """The report of the job that finished here last. StorageError where its mark is damaged."""
     try:
-        mark = json.loads(patiently(lambda: store.get(SUCCESS)))
-        return PersonalizeReport(**mark) if mark["job"] == job else None
+        return PersonalizeReport(**json.loads(patiently(lambda: store.get(SUCCESS))))
     except MissingObjectError:
         return None
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError) as error:
         raise StorageError(f"{store.uri(SUCCESS)} is damaged ({error}); write to another output") from error
 
 
@@ -142,11 +142,13 @@ def write_outcome(
     rows: Callable[[], Iterator[ManifestRow]],
     model: ModelIdentity,
     run: PersonalizeReport,
+    *,
+    why_open: str = "",
 ) -> PersonalizeReport:
     """Writes succeeded.jsonl, failed.jsonl, report.json, report.html and last _SUCCESS.json; returns the report.
 
-    `run` is what is known of the run itself. Raises StorageError where pictures have no record yet: the store failed on
-    the way, and the job is to be run again.
+    `run` is what is known of the run itself. Raises StorageError where pictures have no record yet, for such a reason
+    as `why_open` tells: the job is to be run again.
     """
     summary = Summary()
     with tempfile.TemporaryFile() as succeeded, tempfile.TemporaryFile() as failed:
@@ -155,8 +157,9 @@ def write_outcome(
             summary.add(row, made, len(outcome) - len(made))
             _write_line(row, made, model, succeeded, failed)
         if summary.open:
+            why = f" ({why_open})" if why_open else ""
             raise StorageError(
-                f"{summary.open} pictures could not be recorded in {store.uri('records')}; run the same command again"
+                f"{summary.open} pictures have no record in {store.uri(RECORDS)} yet{why}; run the same command again"
             )
         _put(store, SUCCEEDED, succeeded)
         _put(store, FAILED, failed)
@@ -240,22 +243,27 @@ def _completed(run: PersonalizeReport, summary: Summary, model: ModelIdentity) -
 
 
 def _shown(store: ObjectStore, sample: Iterable[tuple[ManifestRow, Made]]) -> Iterator[dict[str, object]]:
-    """The sampled rows for the page; a reference that has gone since is left out."""
+    """The sampled rows for the page."""
     for row, made in sample:
-        references = []
-        for uri in row.images[:3]:
-            try:
-                references.append(thumbnail_uri(decode_image(read_uri(uri), name=uri), THUMBNAIL))
-            except InstantBoothError:
-                continue
+        references = [_thumbnail(read_uri, uri) for uri in row.images[:3]]
         pictures = [
-            (piece.prompt, _picture(store, record.key)) for piece, record in made[:SAMPLE_PICTURES] if record.key
+            (piece.prompt, _thumbnail(store.get, record.key)) for piece, record in made[:SAMPLE_PICTURES] if record.key
         ]
-        yield {"id": row.id, "references": references, "pictures": pictures, "more": len(made) - len(pictures)}
+        yield {
+            "id": row.id,
+            "references": [reference for reference in references if reference],
+            "pictures": [(prompt, picture) for prompt, picture in pictures if picture],
+            "more": len(made) - len(pictures),
+        }
 
 
-def _picture(store: ObjectStore, key: str) -> str:
-    return thumbnail_uri(decode_image(patiently(lambda: store.get(key)), name=key), THUMBNAIL)
+def _thumbnail(read: Callable[..., bytes], name: str) -> str | None:
+    """A small copy for the page; None for a picture that has gone since, or is none any more."""
+    try:
+        data = patiently(partial(read, name, max_bytes=ImageLimits.max_bytes))
+        return thumbnail_uri(decode_image(data, name=name), THUMBNAIL)
+    except InstantBoothError:
+        return None
 
 
 def _put(store: ObjectStore, key: str, data: Any) -> None:

@@ -2,39 +2,43 @@
 
 Every picture is a piece of work in the ledger: made once, however often the job is killed and started again. The
 output holds `images/<row id>/<prompt>-<number>-<work>.png`, each with its provenance inside; `concepts/`; `records/`,
-the truth; and at the end `succeeded.jsonl` and `failed.jsonl`, a line for each row, `report.json`, `report.html`, and
-`_SUCCESS.json`. A manifest is read as a stream, once to plan and once to tell the outcome, so that it may be long.
+the truth; `_FAILURES.json`, how many rows have failed so far; and at the end `succeeded.jsonl` and `failed.jsonl`, a
+line for each row, `report.json`, `report.html`, and `_SUCCESS.json`. A manifest is read as a stream, once to plan and
+once to tell the outcome, so that it may be long.
 """
 
 from __future__ import annotations
 
-import logging
+import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import file_digest
 from typing import Any
 
-import ray
 import ray.data
 
-from instantbooth.errors import ConditionalWriteError, InstantBoothError, ManifestError, ParameterError
+from instantbooth.errors import InstantBoothError, ManifestError, ParameterError
 from instantbooth.images import OUTPUT_FORMATS
 from instantbooth.ledger import Ledger, work_id
 from instantbooth.manifest import ManifestRow, PromptSets, read_prompt_sets, scan_manifest
-from instantbooth.storage import ObjectStore, open_store, open_uri, patiently, read_uri
+from instantbooth.storage import open_store, open_uri, patiently, read_uri
+from pipelines.checks import check_cluster, check_concepts, check_manifest_apart, check_store
+from pipelines.failed_rows import FailedRows
+from pipelines.generator import ImageGenerator, engine_config
 from pipelines.model import ModelConfig
-from pipelines.outcome import Outcome, PersonalizeReport, earlier_report, write_outcome
+from pipelines.outcome import FAILED, SUCCESS, Outcome, PersonalizeReport, earlier_report, write_outcome
 from pipelines.plan import ModelIdentity, Settled, Task, packed, pieces
-from pipelines.stages import ConceptEncoder, ImageGenerator, StageConfig, fetch_references
+from pipelines.stages import ConceptEncoder, StageConfig, fetch_references
 
 OVERLAP = 2
 """Batches that an actor works on at once: the engine stays full while one of them ends."""
 MAX_BLOCKS = 2000
 """Ray Data keeps some kilobytes in the driver for each block."""
-
-log = logging.getLogger("instantbooth.personalize")
+MAX_FAULTS = 1000
+"""Faults of a manifest that are told; further ones are counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +72,11 @@ class PersonalizeConfig:
     """What is generated, with what, and where it goes."""
 
     manifest: str
-    """URI of the manifest: JSON Lines, CSV or Parquet."""
+    """URI of the manifest: JSON Lines, CSV or Parquet. Pictures are known by the URIs of their references, not by what
+    is there: a changed photo needs a new name."""
     output: str
-    """URI of the folder for pictures and records. Run again with the same one, a job does what is missing."""
+    """URI of the folder for pictures and records. Run again with the same one, a job does what is missing. The
+    failed.jsonl there is a manifest to run into another output."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Base model and weights."""
     prompt_sets: str | None = None
@@ -89,10 +95,12 @@ class PersonalizeConfig:
     """U-Net rows in a step (a guided picture has two); None lets each actor measure what suits it."""
     exact: bool = False
     """Whether a guided picture shall be the same to the last bit in any company, not only up to rounding; for a given
-    row_budget, on processors of one kind. Batches that are not full take as long as full ones."""
+    row_budget, on processors of one kind. Batches that are not full take as long as full ones. Pictures that an
+    earlier run made without it stay as they are."""
     max_failures: int | float | None = None
-    """The job stops, and goes on from there when run again, once more rows than this have failed: a number, or below 1
-    a share of the rows to be done."""
+    """The job stops once more of its rows than this have failed, over all its runs, or cannot be done for now: a
+    number, or below 1 a share of the manifest's rows. Failed rows are settled: run again, it stops at once, unless it
+    is allowed more. To try them again, let the job end, and run its failed.jsonl into another output."""
     cost_per_gpu_hour: float | None = None
     """Price of one GPU for an hour, or of one actor where they compute on CPUs, in any currency: for the report."""
     allow_unconditional: bool = False
@@ -102,8 +110,9 @@ class PersonalizeConfig:
     def __post_init__(self) -> None:
         if self.rows_per_batch < 1:
             raise ParameterError(f"rows_per_batch must be at least 1, is {self.rows_per_batch}; raise it")
-        if self.max_failures is not None and self.max_failures < 0:
-            raise ParameterError(f"max_failures must not be negative, is {self.max_failures}; pass 0 or more")
+        if self.max_failures is not None and not 0 <= self.max_failures < math.inf:
+            raise ParameterError(f"max_failures must be a number of at least 0, is {self.max_failures}; pass one")
+        engine_config(self.row_budget, exact=self.exact)
         if self.image_format not in OUTPUT_FORMATS:
             raise ParameterError(f"image_format must be one of {', '.join(OUTPUT_FORMATS)}, is {self.image_format!r}")
         if self.exact and self.row_budget is None:
@@ -122,9 +131,15 @@ class Tally:
     """Rows with anything to do."""
     images: int
     """Pictures to be made."""
+    manifest_rows: int = 0
+    """Rows of the manifest, finished ones included."""
     done: int = 0
-    """Rows settled, failed ones included."""
+    """Rows worked on, failed and open ones included."""
     failed: int = 0
+    open: int = 0
+    """Rows that could not be done for now."""
+    why_open: str = ""
+    """What stood in the way of the last of them."""
     made: int = 0
     """Pictures made."""
     started: float = field(default_factory=time.monotonic)
@@ -134,10 +149,18 @@ class Tally:
         """Since the start, loading the models included."""
         return self.made / max(1e-9, time.monotonic() - self.started)
 
+    @property
+    def seconds_left(self) -> float | None:
+        """At the pace since the start; None before the first row."""
+        return None if not self.done else (self.rows - self.done) * (time.monotonic() - self.started) / self.done
+
     def add(self, outcome: Outcome) -> None:
         """Counts a row in."""
         self.done += 1
         self.failed += bool(outcome.failed)
+        if outcome.open:
+            self.open += 1
+            self.why_open = f"{outcome.id}: {outcome.error}"
         self.made += outcome.succeeded
 
 
@@ -145,27 +168,42 @@ OnRow = Callable[[Tally, Outcome | None], None]
 """Told once before the first row, with None, and after every row."""
 
 
-def personalize(config: PersonalizeConfig, on_row: OnRow = lambda tally, outcome: None) -> PersonalizeReport:
+def personalize(
+    config: PersonalizeConfig,
+    on_row: OnRow = lambda tally, outcome: None,
+    cluster: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> PersonalizeReport:
     """Makes every picture of the manifest that has no record yet, then writes what became of each row.
 
-    Raises ManifestError, before anything is generated, with every fault of a malformed manifest; ParameterError where
+    `cluster` connects to Ray for as long as there is work; by default it is connected already.
+    Raises ManifestError, before anything is generated, with the faults of a malformed manifest; ParameterError where
     the cluster lacks what the pools ask for; StorageError where something cannot be read or written, and
     ConditionalWriteError for an output that cannot commit work exactly once; InstantBoothError where more rows fail
     than may. All of these leave a job that goes on when run again.
     """
     started = time.perf_counter()
+    check_manifest_apart(config.manifest, config.output)
     store = open_store(config.output)
     model = replace(config.model.identity(), image_format=config.image_format)
     manifest = Manifest(config)
     job = work_id("job", manifest.digest(), vars(model))
-    if (report := earlier_report(store, job)) is not None:
-        return report
-    conditional = _check_store(store, allow_unconditional=config.allow_unconditional)
+    earlier = earlier_report(store)
+    if earlier is not None and earlier.job == job:
+        return earlier
+    conditional = check_store(store, allow_unconditional=config.allow_unconditional)
     ledger = Ledger(store, conditional=conditional)
     chunks, tally = _plan(config, manifest, model, ledger)
+    if earlier is not None:
+        # The mark of another job would vouch for what this one leaves unfinished.
+        patiently(partial(store.delete, SUCCESS))
+    failed = FailedRows(store, job)
+    _check_failures(config, tally, failed)
     if chunks:
-        _check_cluster(config)
-        _generate(config, _stages(config, model, conditional=conditional), chunks, tally, on_row)
+        if config.concepts is not None:
+            check_concepts(config.concepts)
+        with cluster():
+            check_cluster(config.concept, config.diffusion)
+            _generate(config, _stages(config, model, conditional=conditional), chunks, tally, failed, on_row)
     run = PersonalizeReport(
         job=job,
         made=tally.made,
@@ -174,7 +212,7 @@ def personalize(config: PersonalizeConfig, on_row: OnRow = lambda tally, outcome
         cost_per_gpu_hour=config.cost_per_gpu_hour,
         gpus={"encode": config.concept.gpus or 1.0, "denoise": config.diffusion.gpus or 1.0},
     )
-    return write_outcome(store, ledger, manifest.rows, model, run)
+    return write_outcome(store, ledger, manifest.rows, model, run, why_open=tally.why_open)
 
 
 class Manifest:
@@ -201,50 +239,49 @@ class Manifest:
         return (row for row, _ in self.scan() if row is not None)
 
 
+@dataclass(kw_only=True)
+class Faults:
+    """What is wrong with a manifest."""
+
+    first: list[str] = field(default_factory=list)
+    count: int = 0
+
+    def add(self, faults: list[str]) -> None:
+        """Counts a row's faults in."""
+        self.first += faults[: MAX_FAULTS - len(self.first)]
+        self.count += len(faults)
+
+    def check(self) -> None:
+        """Raises ManifestError if there are any."""
+        if self.count > len(self.first):
+            raise ManifestError("\n".join([*self.first, f"and {self.count - len(self.first):,} more"]))
+        if self.first:
+            raise ManifestError("\n".join(self.first))
+
+
 def load_manifest(uri: str) -> list[ManifestRow]:
-    """The rows of a short manifest. Raises ManifestError with every fault of every row."""
-    scanned = list(Manifest(PersonalizeConfig(manifest=uri, output="")).scan())
-    if faults := [fault for _, row_faults in scanned for fault in row_faults]:
-        raise ManifestError("\n".join(faults))
-    return [row for row, _ in scanned if row is not None]
-
-
-def _check_store(store: ObjectStore, *, allow_unconditional: bool) -> bool:
-    """Whether the store honours conditional writes. ConditionalWriteError where it must and does not."""
-    try:
-        Ledger(store).check_store()
-        return True
-    except ConditionalWriteError as error:
-        if not allow_unconditional:
-            raise ConditionalWriteError(
-                f"{error}; or pass --allow-unconditional, and see to it that one run at a time writes there"
-            ) from error
-        log.warning("NOT EXACTLY ONCE: %s", error)
-        return False
-
-
-def _check_cluster(config: PersonalizeConfig) -> None:
-    """Raises ParameterError where the cluster lacks what the pools start with: Ray would wait for it in silence."""
-    wanted = sum(pool.min * pool.gpus for pool in (config.concept, config.diffusion))
-    have = ray.cluster_resources().get("GPU", 0)
-    if wanted > have:
-        raise ParameterError(
-            f"the pools start with {wanted:g} GPU, the cluster has {have:g}; lower concept.gpus, diffusion.gpus or min"
-        )
+    """The rows of a short manifest. Raises ManifestError with its faults."""
+    faults, rows = Faults(), []
+    for row, row_faults in Manifest(PersonalizeConfig(manifest=uri, output="")).scan():
+        faults.add(row_faults)
+        rows += [row] if row is not None else []
+    faults.check()
+    return rows
 
 
 def _plan(
     config: PersonalizeConfig, manifest: Manifest, model: ModelIdentity, ledger: Ledger
 ) -> tuple[list[bytes], Tally]:
-    """The rows with anything left to do, in chunks for a worker. ManifestError with every fault of every row."""
+    """The rows with anything left to do, in chunks for a worker. ManifestError with the faults of all rows."""
     settled = Settled(ledger.committed())
-    faults: list[str] = []
+    faults = Faults()
     tally = Tally(rows=0, images=0)
 
     def tasks() -> Iterator[Task]:
         for row, row_faults in manifest.scan():
-            faults.extend(row_faults)
-            if row is None or faults:
+            tally.manifest_rows += 1
+            faults.add(row_faults)
+            if row is None or faults.count:
                 continue
             missing = [number for number, piece in enumerate(pieces(row, model)) if piece.work not in settled]
             if missing:
@@ -253,8 +290,7 @@ def _plan(
                 yield Task(row=row, missing=tuple(missing))
 
     chunks = list(packed(tasks(), config.rows_per_batch))
-    if faults:
-        raise ManifestError("\n".join(faults))
+    faults.check()
     return chunks, tally
 
 
@@ -270,7 +306,14 @@ def _stages(config: PersonalizeConfig, model: ModelIdentity, *, conditional: boo
     )
 
 
-def _generate(config: PersonalizeConfig, stages: StageConfig, chunks: list[bytes], tally: Tally, on_row: OnRow) -> None:
+def _generate(
+    config: PersonalizeConfig,
+    stages: StageConfig,
+    chunks: list[bytes],
+    tally: Tally,
+    failed: FailedRows,
+    on_row: OnRow,
+) -> None:
     blocks = min(len(chunks), MAX_BLOCKS)
     results = (
         ray.data.from_items([{"chunk": chunk} for chunk in chunks], override_num_blocks=blocks)
@@ -289,12 +332,24 @@ def _generate(config: PersonalizeConfig, stages: StageConfig, chunks: list[bytes
     for result in results.iter_rows():
         outcome = Outcome(**result)
         tally.add(outcome)
+        if outcome.failed:
+            failed.add()
         on_row(tally, outcome)
-        if config.max_failures is not None and tally.failed > _bound(config.max_failures, tally.rows):
-            raise InstantBoothError(
-                f"{tally.failed} of {tally.done} rows failed, more than max_failures ({config.max_failures}); the last "
-                f"is {outcome.id}: {outcome.error}; correct what is wrong, then run the same command again"
-            )
+        _check_failures(config, tally, failed, outcome)
+
+
+def _check_failures(config: PersonalizeConfig, tally: Tally, failed: FailedRows, last: Outcome | None = None) -> None:
+    """Raises InstantBoothError once more rows have failed, in all runs, or could not be done, in this one, than may."""
+    if config.max_failures is None or failed.count + tally.open <= _bound(config.max_failures, tally.manifest_rows):
+        return
+    failed.save()
+    example = f", at last {last.id}: {last.error}" if last is not None else ""
+    raise InstantBoothError(
+        f"{failed.count} of {tally.manifest_rows} rows have failed so far and {tally.open} could not be done for now, "
+        f"more than max_failures ({config.max_failures}) allows{example}; correct what is wrong, and allow more to go "
+        f"on with the others: rows that have failed are settled, and {FAILED} at the end is the manifest to try them "
+        "again"
+    )
 
 
 def _bound(max_failures: int | float, rows: int) -> float:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from instantbooth.ledger import work_id
 from instantbooth.manifest import ManifestRow
 
 ID_BYTES = 16
+WORK_ID = re.compile(rf"[0-9a-f]{{{2 * ID_BYTES}}}")
 IMAGES = "images"
 CONCEPTS = "concepts"
 SETTINGS = ("num_inference_steps", "guidance_scale", "adapter_scale", "concept_scale", "negative_prompt", "sampler")
@@ -25,12 +27,16 @@ SETTINGS = ("num_inference_steps", "guidance_scale", "adapter_scale", "concept_s
 
 @dataclass(frozen=True, kw_only=True)
 class ModelIdentity:
-    """What of the model determines pictures."""
+    """What of the model determines pictures: the weights' content, and the names of the other parts."""
 
     base: str
     image_encoder: str | None
     weights: str
     """Digest of the trained weights."""
+    config: str
+    """Digest of their config.json: the defaults of what rows leave out, and the placeholder."""
+    patch_layer: int = -1
+    """Of the image encoder: what config.json says of concepts."""
     segmenter: str | None = None
     """What finds the subject where no mask is given."""
     image_format: str = "png"
@@ -63,7 +69,8 @@ def pieces(row: ManifestRow, model: ModelIdentity) -> list[Piece]:
 
 def concept_key(row: ManifestRow, model: ModelIdentity) -> str:
     """Where the row's concept is stored; rows with the same pictures of one subject share it."""
-    subject = work_id("concept", *_subject(row), model.base, model.image_encoder, model.weights, model.segmenter)
+    encoders = (model.base, model.image_encoder, model.weights, model.patch_layer, model.segmenter)
+    subject = work_id("concept", *_subject(row), *encoders)
     return f"{CONCEPTS}/{subject}.safetensors"
 
 
@@ -72,7 +79,10 @@ class Settled:
 
     def __init__(self, works: Iterable[str]) -> None:
         """`works` are ids as `work_id` makes them; anything else is left out."""
-        known = b"".join(bytes.fromhex(work) for work in works if len(work) == 2 * ID_BYTES)
+        known = bytearray()
+        for work in works:
+            if WORK_ID.fullmatch(work):
+                known += bytes.fromhex(work)
         self._works = np.sort(np.frombuffer(known, dtype=f"S{ID_BYTES}"))
 
     def __contains__(self, work: str) -> bool:

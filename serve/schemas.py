@@ -44,11 +44,11 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from instantbooth.parameters import RANGES
+from instantbooth.prompts import MAX_PROMPT_CHARS
 
 MAX_IMAGES = 10
 MAX_STEPS = 200
 MAX_PARTIAL_IMAGES = 3
-MAX_PROMPT_CHARS = 1000
 MAX_DEADLINE_S = 600.0
 SIZE = re.compile(r"auto|\d{1,5}x\d{1,5}")
 

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from instantbooth.errors import ConditionalWriteError, ParameterError
+from instantbooth.errors import ConditionalWriteError, ManifestError, ParameterError
 from instantbooth.storage import FileStore
 from jobs.benchmarks.million import MillionEstimate, page
-from jobs.bulk import _event_log, _events
+from jobs.bulk import BulkConfig, _event_log, _events, _tracked
+from pipelines.checks import check_manifest_apart, check_store
+from pipelines.model import ModelConfig
 from pipelines.outcome import Outcome
-from pipelines.personalize import PersonalizeConfig, Pool, Tally, _bound, _check_store
+from pipelines.personalize import PersonalizeConfig, Pool, Tally, _bound, load_manifest
 
 
 def test_every_failure_is_an_event_and_progress_adds_up(tmp_path: Path) -> None:
@@ -32,11 +34,31 @@ def test_every_failure_is_an_event_and_progress_adds_up(tmp_path: Path) -> None:
     assert [event["event"] for event in events] == ["started", "progress", "row_failed", "progress"]
     assert (events[2]["id"], events[2]["error"]) == ("eve", "too long")
     assert (events[3]["rows_done"], events[3]["rows_failed"], events[3]["images"]) == (3, 1, 5)
+    assert (events[1]["rows"], events[3]["seconds_left"]) == (3, 0)
+    assert events[1]["seconds_left"] == pytest.approx(4, abs=1)
     assert events[3]["images_per_second"] == pytest.approx(2.5, rel=0.1)
+
+
+def test_points_that_a_tracking_server_missed_are_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    away = ModelConfig(tracking_uri="http://127.0.0.1:9")
+    with _tracked(BulkConfig(manifest="rows.jsonl", output="s3://bucket/run", model=away)) as tell:
+        assert tell is not None
+        tell(Tally(rows=1, images=1), None)
+    assert "1 points of the curves are lost: MLflow at http://127.0.0.1:9" in capsys.readouterr().err
 
 
 def test_failures_are_bounded_by_number_or_by_share() -> None:
     assert (_bound(0, 200), _bound(3, 200), _bound(0.05, 200)) == (0, 3, 10)
+
+
+def test_the_faults_of_a_hopeless_manifest_are_told_up_to_a_number(tmp_path: Path) -> None:
+    manifest = tmp_path / "rows.jsonl"
+    manifest.write_text("oops\n" * 1500)
+    with pytest.raises(ManifestError, match=r"line 1000: .*\nand 500 more$"):
+        load_manifest(str(manifest))
 
 
 def test_a_store_without_conditional_writes_is_refused_or_used_with_a_warning(
@@ -48,11 +70,27 @@ def test_a_store_without_conditional_writes_is_refused_or_used_with_a_warning(
             return True
 
     with pytest.raises(ConditionalWriteError, match="--allow-unconditional"):
-        _check_store(Careless(tmp_path), allow_unconditional=False)
+        check_store(Careless(tmp_path), allow_unconditional=False)
     assert not caplog.records
-    assert _check_store(Careless(tmp_path), allow_unconditional=True) is False
+    assert check_store(Careless(tmp_path), allow_unconditional=True) is False
     assert "NOT EXACTLY ONCE" in caplog.text
-    assert _check_store(FileStore(tmp_path / "good"), allow_unconditional=True) is True
+    assert check_store(FileStore(tmp_path / "good"), allow_unconditional=True) is True
+
+
+def test_a_run_into_its_own_manifest_is_refused_however_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for manifest, output in (
+        ("s3://out/run/failed.jsonl", "s3://out/run/"),
+        ("s3://out/failed.jsonl", "s3://out"),
+        ("out/../run/failed.jsonl", (tmp_path / "run").as_uri()),
+        ("failed.jsonl", str(tmp_path)),
+    ):
+        with pytest.raises(ParameterError, match=f"{manifest} is what the run would replace"):
+            check_manifest_apart(manifest, output)
+        check_manifest_apart(manifest, f"{output.rstrip('/')}/again")
+    check_manifest_apart("s3://out/run/orders.jsonl", "s3://out/run")
 
 
 def test_the_page_on_a_million_identities_is_what_the_command_prints() -> None:
@@ -64,6 +102,13 @@ def test_options_that_cannot_work_are_refused() -> None:
     for wrong in ({"min": 0}, {"min": 3, "max": 2}, {"gpus": 1.5}, {"gpus": -1.0}):
         with pytest.raises(ParameterError, match="correct"):
             Pool(**wrong)
-    for option in ({"image_format": "gif"}, {"exact": True}, {"max_failures": -1}, {"cost_per_gpu_hour": -1.0}):
+    for option in (
+        {"image_format": "gif"},
+        {"exact": True},
+        {"max_failures": -1},
+        {"max_failures": float("nan")},
+        {"row_budget": 0},
+        {"cost_per_gpu_hour": -1.0},
+    ):
         with pytest.raises(ParameterError, match=next(iter(option))):
             PersonalizeConfig(manifest="m.jsonl", output="out", **option)

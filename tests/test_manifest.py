@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import pickle
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from instantbooth.errors import ManifestError
-from instantbooth.manifest import SAMPLERS, ManifestRow, check_manifest, read_manifest, read_prompt_sets, scan_manifest
+from instantbooth.manifest import CONTROL, SAMPLERS, ManifestRow, read_prompt_sets, scan_manifest
 from instantbooth.model import samplers
 
 GOOD = {"id": "ada", "images": ["s3://in/ada.jpg"], "class_noun": "person", "prompts": ["a photo of a {subject}"]}
@@ -22,6 +23,18 @@ GOOD = {"id": "ada", "images": ["s3://in/ada.jpg"], "class_noun": "person", "pro
 
 def line(**changes: object) -> bytes:
     return json.dumps(GOOD | changes).encode() + b"\n"
+
+
+def rows_of(data: object, **options: Any) -> list[ManifestRow]:
+    """The rows of a manifest without faults."""
+    scanned = list(scan_manifest(data, **options))
+    assert not [fault for _, faults in scanned for fault in faults]
+    return [row for row, _ in scanned if row is not None]
+
+
+def faults_of(data: object, **options: Any) -> list[str]:
+    """All faults of a manifest."""
+    return [fault for _, faults in scan_manifest(data, **options) for fault in faults]
 
 
 def as_jsonl(rows: list[dict[str, Any]]) -> bytes:
@@ -66,14 +79,15 @@ def test_a_full_row_arrives_unchanged() -> None:
         "size": "512x768",
         "metadata": {"order": {"nummer": [1, "ü"]}},
     }
-    (read,) = read_manifest(json.dumps(row).encode())
+    (read,) = rows_of(json.dumps(row).encode())
     assert json.loads(read.to_json()) == row
     assert (read.width, read.height) == (512, 768)
     assert pickle.loads(pickle.dumps(read)) == read
 
 
-def unbraced(text: str) -> str:
-    return text.replace("{", "")
+def prompt_text() -> st.SearchStrategy[str]:
+    """Any text that may stand in a prompt beside the subject."""
+    return st.text(max_size=900).map(lambda text: CONTROL.sub("", text.replace("{", "")))
 
 
 ROWS = st.lists(
@@ -82,14 +96,14 @@ ROWS = st.lists(
         id=st.from_regex(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}", fullmatch=True),
         images=st.lists(st.sampled_from(["s3://in/a.jpg", "file:///b|c, d.png"]), min_size=1, max_size=16).map(tuple),
         class_noun=st.sampled_from(["person", "kitten"]),
-        prompts=st.lists(st.text().map(lambda text: unbraced(text) + "{subject}"), min_size=1).map(tuple),
+        prompts=st.lists(prompt_text().map("{}{{subject}}".format), min_size=1).map(tuple),
         seed=st.none() | st.integers(0, 2**63 - 1),
         guidance_scale=st.none() | st.floats(0, 30),
         adapter_scale=st.none() | st.floats(0, 2),
         num_images_per_prompt=st.integers(1, 16),
         num_inference_steps=st.none() | st.integers(1, 1000),
         # An empty cell of a CSV means "not given".
-        negative_prompt=st.none() | st.text().map(unbraced).filter(str.strip),
+        negative_prompt=st.none() | prompt_text().filter(str.strip),
         sampler=st.none() | st.sampled_from(SAMPLERS),
         size=st.none() | st.builds("{}x{}".format, *[st.integers(1, 200).map(lambda eights: 8 * eights)] * 2),
         metadata=st.dictionaries(st.text(), st.text() | st.integers() | st.booleans()),
@@ -105,7 +119,7 @@ ROWS = st.lists(
 @settings(max_examples=50)
 def test_rows_survive_being_written_and_read(kind: str, named: bool, rows: list[ManifestRow]) -> None:
     data = FORMATS[kind]([json.loads(row.to_json()) for row in rows])
-    assert list(read_manifest(data, name=f"s3://in/rows.{kind}" if named else "")) == rows
+    assert rows_of(data, name=f"s3://in/rows.{kind}" if named else "") == rows
 
 
 @pytest.mark.parametrize(
@@ -137,6 +151,16 @@ def test_rows_survive_being_written_and_read(kind: str, named: bool, rows: list[
         (line(prompts="a {subject}"), "prompts: must be a list"),
         (line(prompts=["a {subject}", "a cat"]), r"prompts: must each hold \{subject\} exactly once, one is \"a cat\""),
         (line(prompts=["{subject} and {subject}"]), "prompts: must each hold"),
+        (
+            line(prompts=["a \0{subject}"]),
+            r"prompts: must hold no control character, one is \"a \\u0000\{subject\}\"; remove it",
+        ),
+        (
+            line(prompts=["{subject}", "{subject}" + "y" * 992]),
+            "prompts: must have at most 1000 .*, one has 1001; shor",
+        ),
+        (line(negative_prompt="\x1b[0m"), "negative_prompt: must hold no control character"),
+        (line(negative_prompt="x" * 70_000), "negative_prompt: must have at most 1000 characters, one has 70000"),
         (line(num_images_per_prompt=None), "num_images_per_prompt: must be a whole number from 1 to 16, is None"),
         (line(seed=-1), "seed: .*raise it to 0 or more"),
         (line(num_inference_steps=25.5), "num_inference_steps: must be a whole number from 1 to 1000, is 25.5"),
@@ -158,12 +182,11 @@ def test_rows_survive_being_written_and_read(kind: str, named: bool, rows: list[
     ],
 )
 def test_each_bad_row_is_named_by_line_field_rule_value_and_fix(bad: bytes, fault: str) -> None:
-    with pytest.raises(ManifestError, match=f"^line 1: {fault}"):
-        list(read_manifest(bad))
+    assert re.match(f"line 1: {fault}", faults_of(bad)[0])
 
 
 def test_every_fault_of_every_row_is_reported_at_once() -> None:
-    faults = check_manifest([line(), line(id="b", seed=-1, concept_scale=9), b"\n", b"oops\n", line(), line(id="c")])
+    faults = faults_of([line(), line(id="b", seed=-1, concept_scale=9), b"\n", b"oops\n", line(), line(id="c")])
     assert [fault[: fault.index(":", 8)] for fault in faults] == [
         "line 2: seed",
         "line 2: concept_scale",
@@ -174,7 +197,7 @@ def test_every_fault_of_every_row_is_reported_at_once() -> None:
 
 
 def test_the_second_of_two_rows_is_a_duplicate_even_where_the_first_is_bad() -> None:
-    assert check_manifest([line(seed=-1), line()])[-1].startswith("line 2: id: must be unique")
+    assert faults_of([line(seed=-1), line()])[-1].startswith("line 2: id: must be unique")
 
 
 CSV_HEADER = b"id,images,class_noun,prompts,seed,num_inference_steps,guidance_scale,metadata\r\n"
@@ -188,7 +211,7 @@ def test_csv_lists_are_separated_or_json_and_empty_cells_are_not_given() -> None
         + b"\r\n"
         + b'bob,file:///b.png,cat,"a {subject},\nawake|a wet {subject}",,25,1e1,"{""order"": 1}"\r\n'
     )
-    ada, bob = read_manifest(data)
+    ada, bob = rows_of(data)
     assert ada == ManifestRow(
         id="ada",
         images=("s3://in/1.jpg", "s3://in/2.jpg"),
@@ -227,9 +250,8 @@ def test_csv_lists_are_separated_or_json_and_empty_cells_are_not_given() -> None
 )
 def test_a_bad_row_of_a_csv_is_named_by_the_line_it_starts_on(cells: bytes, fault: str) -> None:
     good = b'eve,a.png,cat,"a {subject},\nawake",,,,\n'
-    with pytest.raises(ManifestError, match=f"^line 4: {fault}"):
-        list(read_manifest(CSV_HEADER + good + cells + b"\n" + good.replace(b"eve", b"kim")))
-    assert len(check_manifest(CSV_HEADER + good + cells + b"\n" + good.replace(b"eve", b"kim"))) == 1
+    (found,) = faults_of(CSV_HEADER + good + cells + b"\n" + good.replace(b"eve", b"kim"))
+    assert re.match(f"line 4: {fault}", found)
 
 
 @pytest.mark.parametrize(("write", "where"), [(as_csv, "line 1"), (as_parquet, "row 1")])
@@ -237,16 +259,16 @@ def test_a_column_is_wrong_once_and_not_in_every_row(
     write: Callable[[list[dict[str, Any]]], bytes], where: str
 ) -> None:
     rows = [GOOD | {"id": str(number), "adaptor_scale": 1, "seed": -number} for number in range(3)]
-    faults = check_manifest(write(rows))
+    faults = faults_of(write(rows))
     assert faults[0].startswith(f"{where}: adaptor_scale: must be a known field, is not; Did you mean 'adapter_scale'?")
     assert [fault.partition(":")[2].split(":")[0] for fault in faults[1:]] == [" seed", " seed"]
     without = [{name: value for name, value in row.items() if name != "class_noun"} for row in rows]
-    assert check_manifest(write(without))[1:] == [f"{where}: class_noun: must be given, is missing; add it"]
+    assert faults_of(write(without))[1:] == [f"{where}: class_noun: must be given, is missing; add it"]
 
 
 def test_a_csv_column_stands_once() -> None:
     data = b"id,images,class_noun,prompts,id\na,a.png,cat,{subject},b\n"
-    assert check_manifest(data) == ["line 1: id: must be one column, is 2; drop the others"]
+    assert faults_of(data) == ["line 1: id: must be one column, is 2; drop the others"]
 
 
 def test_parquet_rows_are_numbered_and_may_hold_nested_metadata() -> None:
@@ -264,7 +286,7 @@ def test_parquet_rows_are_numbered_and_may_hold_nested_metadata() -> None:
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-20], lambda data: data[:4] + bytes(40) + data[44:]])
 def test_damaged_parquet_is_a_fault_and_no_crash(damage: Callable[[bytes], bytes]) -> None:
-    (fault,) = check_manifest(damage(as_parquet([GOOD])))
+    (fault,) = faults_of(damage(as_parquet([GOOD])))
     assert "must be readable Parquet" in fault
 
 
@@ -273,7 +295,7 @@ def test_parquet_types_that_are_no_json_or_no_text_are_faults_of_their_row(value
     file = io.BytesIO()
     table = pa.table({name: values if name == "id" else [value] for name, value in GOOD.items()})
     parquet.write_table(table, file)
-    (fault,) = check_manifest(file.getvalue())
+    (fault,) = faults_of(file.getvalue())
     assert fault.startswith("row 1: ")
 
 
@@ -282,13 +304,13 @@ def test_a_prompt_set_is_given_once_and_named_by_rows(kind: str) -> None:
     sets = read_prompt_sets(b'{"poses": ["a {subject} sleeping", "a {subject} running"]}')
     unprompted = {name: value for name, value in GOOD.items() if name != "prompts"}
     data = FORMATS[kind]([unprompted | {"prompt_set": "poses"}, GOOD | {"id": "eve"}])
-    posed, own = read_manifest(data, prompt_sets=sets)
+    posed, own = rows_of(data, prompt_sets=sets)
     assert posed.prompts == ("a {subject} sleeping", "a {subject} running")
     assert own.prompts == ("a photo of a {subject}",)
-    assert list(read_manifest(posed.to_json().encode())) == [posed]
-    (fault,) = check_manifest(data, prompt_sets={"pose": ("a {subject}",)})
+    assert rows_of(posed.to_json().encode()) == [posed]
+    (fault,) = faults_of(data, prompt_sets={"pose": ("a {subject}",)})
     assert "prompt_set: must name a prompt set, is \"poses\"; Did you mean 'pose'?" in fault
-    (fault,) = check_manifest(data)
+    (fault,) = faults_of(data)
     assert "none are given: pass --prompt-sets" in fault
 
 
@@ -323,12 +345,14 @@ def test_rows_stream_before_the_manifest_ends() -> None:
         yield b"\xef\xbb\xbf" + line()
         raise AssertionError("read ahead")
 
-    assert next(read_manifest(endless())).id == "ada"
+    row, _ = next(scan_manifest(endless()))
+    assert row is not None
+    assert row.id == "ada"
 
 
 @pytest.mark.parametrize("empty", [b"", b"\n  \n", []])
 def test_a_manifest_without_rows_is_refused(empty: bytes | list[bytes]) -> None:
-    assert "at least one row" in check_manifest(empty)[0]
+    assert "at least one row" in faults_of(empty)[0]
 
 
 def test_a_row_made_in_python_follows_the_same_rules() -> None:

@@ -12,12 +12,14 @@ from socketserver import TCPServer
 
 import boto3
 import pytest
+from botocore.config import Config
+from botocore.exceptions import SSLError
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from moto import mock_aws
 
-from instantbooth.errors import ConditionalWriteError, StorageError
-from instantbooth.storage import ObjectStore, open_store, open_uri, read_uri
+from instantbooth.errors import ConditionalWriteError, StorageError, TransientStorageError
+from instantbooth.storage import ObjectStore, _as_storage_error, open_store, open_uri, read_uri
 
 
 @pytest.fixture
@@ -191,6 +193,24 @@ def test_s3_failures_name_bucket_and_key(bucket: str, monkeypatch: pytest.Monkey
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     with pytest.raises(StorageError, match=r"s3://booth/a: Unable to locate credentials.*check the name, the AWS_"):
         read_uri("s3://booth/a")
+
+
+def test_a_server_that_is_away_may_answer_later_and_one_that_is_not_trusted_will_not() -> None:
+    with TCPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+        port = server.server_address[1]
+    once = Config(retries={"total_max_attempts": 1})
+    client = boto3.client(
+        *("s3", "us-east-1"),
+        endpoint_url=f"http://127.0.0.1:{port}",
+        config=once,
+        aws_access_key_id="test",
+        aws_secret_access_key="test",
+    )
+    with pytest.raises(TransientStorageError, match="Could not connect"), _as_storage_error("read it"):
+        client.get_object(Bucket="booth", Key="a")
+    with pytest.raises(StorageError, match="SSL") as refused, _as_storage_error("read it"):
+        raise SSLError(endpoint_url="https://booth", error="self-signed certificate")
+    assert not isinstance(refused.value, TransientStorageError)
 
 
 def test_a_conditional_write_is_tried_again_after_a_conflict(monkeypatch: pytest.MonkeyPatch) -> None:

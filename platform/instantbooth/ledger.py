@@ -21,6 +21,8 @@ from instantbooth.errors import ConditionalWriteError, MissingObjectError, Stora
 from instantbooth.storage import Answer, ObjectStore, patiently
 
 RECORDS = "records"
+SELF_TEST = f"{RECORDS}/.self-test"
+"""What `check_store` leaves, and every output so has."""
 READERS = 16
 """Records read at once."""
 
@@ -69,15 +71,14 @@ class Ledger:
 
     def check_store(self) -> None:
         """Raises ConditionalWriteError unless the store keeps its word on conditional writes: what is there stays."""
-        key = f"{RECORDS}/.self-test"
         first, second = (secrets.token_bytes(8) for _ in range(2))
-        written = self._write(key, first)
-        replaced = self._write(key, second)
-        found = self._patiently(lambda: self._store.get(key))
+        written = self._write(SELF_TEST, first)
+        replaced = self._write(SELF_TEST, second)
+        found = self._patiently(lambda: self._store.get(SELF_TEST))
         if replaced or found == second or (written and found != first):
             raise ConditionalWriteError(
-                f"{self._store.uri(key)} was replaced by a conditional write: this store cannot commit work exactly "
-                "once; use one that honours If-None-Match, in a bucket without versioning, or a file:// folder"
+                f"{self._store.uri(SELF_TEST)} was replaced by a conditional write: this store cannot commit work "
+                "exactly once; use one that honours If-None-Match, in a bucket without versioning, or a file:// folder"
             )
 
     def succeed(self, work: str, key: str, data: bytes, details: Mapping[str, Any]) -> Record:

@@ -31,7 +31,7 @@ from typing import Any
 
 from instantbooth.errors import ManifestError, StorageError, did_you_mean
 from instantbooth.parameters import RANGES, range_fault
-from instantbooth.prompts import CLASS_NOUNS
+from instantbooth.prompts import CLASS_NOUNS, MAX_PROMPT_CHARS
 from instantbooth.storage import check_uri
 
 ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
@@ -40,6 +40,8 @@ SIZE_STEP = 8
 """Both sides of every picture are multiples of this many pixels; the model may ask for more."""
 MAX_IMAGES = 16
 SUBJECT = "{subject}"
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+"""Control characters that are no white space: a picture cannot carry a prompt with NUL, and none of them is meant."""
 SAMPLERS = ("ddim", "euler", "dpmsolver++")
 SEPARATOR = "|"
 """Between the texts of a list in a CSV cell: rare in prompts and in URIs, unlike commas and semicolons."""
@@ -126,26 +128,6 @@ NUMBERS = (
 WHOLE_NUMBERS = tuple(name for name in NUMBERS if RANGES[name].whole)
 NULLABLE = tuple(each.name for each in fields(ManifestRow) if each.default is None)
 DEFAULTS = dict.fromkeys(NULLABLE) | {"num_images_per_prompt": 1, "metadata": {}, "attempt": 0}
-
-
-def read_manifest(
-    data: bytes | Iterable[bytes], *, name: str = "", prompt_sets: PromptSets | None = None
-) -> Iterator[ManifestRow]:
-    """Rows of a manifest; `scan_manifest` says what `data`, `name` and `prompt_sets` are.
-
-    Raises ManifestError at the first bad row, with all of that row's faults, and for a manifest without rows.
-    """
-    for row, faults in scan_manifest(data, name=name, prompt_sets=prompt_sets):
-        if row is None:
-            raise ManifestError("\n".join(faults))
-        yield row
-
-
-def check_manifest(
-    data: bytes | Iterable[bytes], *, name: str = "", prompt_sets: PromptSets | None = None
-) -> list[str]:
-    """Every fault of every row, as `line N: field: rule, value, fix`; empty for a manifest that can be worked on."""
-    return [fault for _, faults in scan_manifest(data, name=name, prompt_sets=prompt_sets) for fault in faults]
 
 
 def scan_manifest(
@@ -437,7 +419,9 @@ def _class_noun_fault(value: object) -> str | None:
 def _negative_prompt_fault(value: object) -> str | None:
     if not isinstance(value, str):
         return f"must be text, is {_shown(value)}; put it in quotes"
-    return f"must not hold {SUBJECT}, is {_shown(value)}; remove it" if SUBJECT in value else None
+    if SUBJECT in value:
+        return f"must not hold {SUBJECT}, is {_shown(value)}; remove it"
+    return _text_fault(value)
 
 
 def _sampler_fault(value: object) -> str | None:
@@ -487,6 +471,16 @@ def _prompts_fault(value: object) -> str | None:
             return (
                 f"must each hold {SUBJECT} exactly once, one is {_shown(prompt)}; put {SUBJECT} where the subject goes"
             )
+        if fault := _text_fault(prompt):
+            return fault
+    return None
+
+
+def _text_fault(text: str) -> str | None:
+    if CONTROL.search(text):
+        return f"must hold no control character, one is {_shown(text)}; remove it"
+    if len(text) > MAX_PROMPT_CHARS:
+        return f"must have at most {MAX_PROMPT_CHARS} characters, one has {len(text)}; shorten it"
     return None
 
 

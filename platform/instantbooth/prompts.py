@@ -11,6 +11,8 @@ from instantbooth.errors import ParameterError, PromptError, did_you_mean
 PLACEHOLDER_TOKEN = "sks"
 """The rare word that marks the subject, as in the paper."""
 SUBJECT_FIELD = "{subject}"
+MAX_PROMPT_CHARS = 1000
+"""Far more than the 77 tokens that CLIP reads, and little enough to be carried inside any picture."""
 
 CLASS_NOUNS: Mapping[str, tuple[str, ...]] = {
     "person": (

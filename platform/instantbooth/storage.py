@@ -405,10 +405,11 @@ def _as_storage_error(what: str) -> Iterator[None]:
 
 
 def _is_transient(error: Exception) -> bool:
-    """Whether S3 did not answer (a connection that failed or broke off), or answered to come back later."""
-    from botocore.exceptions import ClientError, HTTPClientError, IncompleteReadError
+    """Whether S3 did not answer (a connection that was not made or broke off), or answered to come back later."""
+    from botocore.exceptions import ClientError, ConnectionError, HTTPClientError, IncompleteReadError, SSLError
 
     if isinstance(error, ClientError):
         status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500))
         return status >= 500 or status in (408, 429)
-    return isinstance(error, HTTPClientError | IncompleteReadError) or type(error).__module__.startswith("urllib3")
+    unanswered = isinstance(error, ConnectionError | HTTPClientError | IncompleteReadError)
+    return (unanswered and not isinstance(error, SSLError)) or type(error).__module__.startswith("urllib3")

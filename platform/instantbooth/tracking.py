@@ -103,8 +103,9 @@ class TrackedRun:
             client.set_tag(self.run_id, name, value)
 
     def end(self, status: str) -> None:
-        """FINISHED, KILLED or FAILED."""
-        _client(self.tracking_uri).set_terminated(self.run_id, status)
+        """FINISHED, KILLED or FAILED. TrackingError where MLflow cannot be had."""
+        with reporting(self.tracking_uri):
+            _client(self.tracking_uri).set_terminated(self.run_id, status)
 
     def curve(self, metric: str) -> list[tuple[int, float]]:
         """(step, value) of a metric in the order of steps; of a step logged twice the later value."""

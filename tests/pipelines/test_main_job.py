@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 from PIL import Image
+from safetensors.torch import load_file, save
 
 from instantbooth import Personalizer
 from instantbooth.errors import InstantBoothError, ManifestError, ParameterError, TrainingError, WeightsError
 from instantbooth.images import read_metadata
 from instantbooth.manifest import ManifestRow
 from instantbooth.miniature.samples import write_manifest, write_pairs
+from instantbooth.model.weights import CONFIG_FILE, TENSORS_FILE
 from instantbooth.storage import FileStore, read_uri
 from instantbooth.tracking import OUTPUT, TrackedRun
 from instantbooth.training.adapters import AdapterTrainingConfig
@@ -22,8 +24,8 @@ from jobs.bulk import BulkConfig, run
 from jobs.train import TrainConfig, TrainReport, train
 from pipelines.ingest import IngestConfig, ingest
 from pipelines.model import ModelConfig
-from pipelines.outcome import FAILED, SUCCEEDED, PersonalizeReport
-from pipelines.personalize import PersonalizeConfig, Pool, load_manifest, personalize
+from pipelines.outcome import FAILED, SUCCEEDED, SUCCESS, Outcome, PersonalizeReport
+from pipelines.personalize import OnRow, PersonalizeConfig, Pool, Tally, load_manifest, personalize
 from tests.tiny import tiny_booth, tiny_model
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -107,8 +109,13 @@ def test_what_training_cannot_have_is_refused_at_once(project: Project, trained:
         train(TrainConfig(**(vars(config) | {"model": missing})))
 
 
+def interrupt(tally: Tally, outcome: Outcome | None) -> None:
+    """Ctrl-C before the first row."""
+    raise KeyboardInterrupt
+
+
 def personalized(
-    project: Project, name: str, manifest: list[ManifestRow]
+    project: Project, name: str, manifest: list[ManifestRow], on_row: OnRow = lambda tally, outcome: None
 ) -> tuple[PersonalizeReport, list[dict], list[dict]]:
     """Runs the job on these rows; its report, and what it says of rows that succeeded and failed."""
     project.store.put(f"{name}.jsonl", "".join(row.to_json() + "\n" for row in manifest).encode())
@@ -120,7 +127,8 @@ def personalized(
             diffusion=Pool(),
             row_budget=6,
             exact=True,
-        )
+        ),
+        on_row,
     )
     succeeded, failed = (
         [json.loads(line) for line in project.store.get(f"{name}/{kind}").splitlines()] for kind in (SUCCEEDED, FAILED)
@@ -210,6 +218,9 @@ def test_a_job_run_again_does_only_what_is_missing(project: Project) -> None:
     assert {key: (project.folder / key).stat().st_mtime_ns for key in stored} == times
 
     changed = replace(rows[0], prompts=("a watercolor of a {subject}", *rows[0].prompts[1:]))
+    with pytest.raises(KeyboardInterrupt):
+        personalized(project, "again", [changed, *rows[1:]], interrupt)
+    assert not project.store.exists(f"again/{SUCCESS}"), "it is not this job that is whole"
     second, after, _ = personalized(project, "again", [changed, *rows[1:]])
     assert second.images == first.images
     before, now = ({image["key"] for record in each for image in record["images"]} for each in (succeeded, after))
@@ -231,24 +242,46 @@ def test_a_job_that_goes_wrong_stops_and_goes_on_when_run_again(project: Project
         row_budget=6,
         max_failures=1,
     )
-    with pytest.raises(InstantBoothError, match="more than max_failures"):
-        personalize(config)
+    for told in ("at last lost", "allows;"):
+        # The second run stops before it does anything: rows that failed count in every run.
+        with pytest.raises(InstantBoothError, match=rf"2 of 3 rows have failed .* more than max_failures .*{told}"):
+            personalize(config)
     assert personalize(replace(config, max_failures=None)).failed == 3
 
     project.store.put("no0.png", read_uri(rows[0].images[0]))
-    again = personalize(replace(config, manifest=f"{project.folder}/wrong/{FAILED}", max_failures=None))
+    retried = replace(config, manifest=f"{project.folder}/wrong/../wrong/{FAILED}", max_failures=None)
+    with pytest.raises(ParameterError, match="pass another --output, and --concepts"):
+        personalize(retried)
+    again = personalize(replace(retried, output=f"{project.folder}/wrong-again", concepts=f"{project.folder}/wrong"))
     assert (again.rows, again.failed, again.images) == (3, 2, len(rows[0].prompts))
 
 
-def test_gpus_that_the_cluster_lacks_are_refused_at_once(project: Project) -> None:
+def test_what_the_cluster_lacks_is_told_at_once(project: Project) -> None:
     config = PersonalizeConfig(
-        manifest=f"{project.folder}/orders/manifest.jsonl",
-        output=f"{project.folder}/none",
-        model=project.model,
-        diffusion=Pool(gpus=0.5),
+        manifest=f"{project.folder}/orders/manifest.jsonl", output=f"{project.folder}/none", model=project.model
     )
     with pytest.raises(ParameterError, match=r"start with 0.5 GPU, the cluster has 0"):
-        personalize(config)
+        personalize(replace(config, diffusion=Pool(gpus=0.5)))
+    with pytest.raises(ParameterError, match=r"3 \+ 1 actors .* 1 more; the cluster has 4"):
+        personalize(replace(config, concept=Pool(min=3, max=3)))
+
+
+def test_weights_that_do_not_fit_end_the_job_in_their_own_words(project: Project) -> None:
+    tensors = load_file(project.folder / "weights" / TENSORS_FILE)
+    lacking = {name: value for name, value in tensors.items() if name != "encoders.patch.bias"}
+    config = project.store.get(f"weights/{CONFIG_FILE}")
+    project.store.put(f"lacking/{CONFIG_FILE}", config)
+    project.store.put(f"lacking/{TENSORS_FILE}", save(lacking))
+    with pytest.raises(WeightsError, match=r"does not fit the model in 1 tensors, first encoders.patch.bias"):
+        run(
+            BulkConfig(
+                manifest=f"{project.folder}/orders/manifest.jsonl",
+                output=f"{project.folder}/none",
+                model=replace(project.model, weights=f"{project.folder}/lacking"),
+                track=False,
+            )
+        )
+    assert not [key for key in project.store.list("none/records/") if key.endswith(".json")]
 
 
 def test_a_malformed_manifest_is_refused_whole_with_every_fault(project: Project) -> None:

@@ -11,7 +11,7 @@ from instantbooth.ledger import work_id
 from instantbooth.manifest import ManifestRow
 from pipelines.plan import ModelIdentity, Settled, Task, concept_key, packed, pieces, unpacked
 
-MODEL = ModelIdentity(base="miniature", image_encoder=None, weights="0" * 64)
+MODEL = ModelIdentity(base="miniature", image_encoder=None, weights="0" * 64, config="1" * 64)
 ROW = ManifestRow(
     id="ada", images=("s3://in/ada.jpg",), class_noun="person", prompts=("a {subject}", "the {subject}"), seed=7
 )
@@ -28,6 +28,9 @@ def test_ids_change_with_what_determines_a_picture_and_with_nothing_else() -> No
     ):
         assert not set(works) & {piece.work for piece in pieces(changed, MODEL)}
     assert not set(works) & {piece.work for piece in pieces(ROW, replace(MODEL, image_format="webp"))}
+    tuned = replace(MODEL, config="2" * 64)
+    assert not set(works) & {piece.work for piece in pieces(ROW, tuned)}
+    assert concept_key(ROW, tuned) == concept_key(ROW, MODEL) != concept_key(ROW, replace(MODEL, patch_layer=-2))
     one = pieces(replace(ROW, prompts=(ROW.prompts[0], "a drawing of a {subject}")), MODEL)
     assert [piece.work in works for piece in one] == [True, False]
     assert concept_key(replace(ROW, prompts=("a {subject}",), id="eve"), MODEL) == concept_key(ROW, MODEL)
@@ -37,7 +40,7 @@ def test_settled_works_are_known_and_others_are_not() -> None:
     works = [work_id("item", number) for number in range(2000)]
     settled = Settled(random.Random(0).sample(works[:1000], 1000))
     assert [work in settled for work in works] == [True] * 1000 + [False] * 1000
-    assert works[0] not in Settled(["not-an-id"])
+    assert works[0] not in Settled(["not-an-id", "x" * 32, " " * 32])
 
 
 def test_a_manifest_is_carried_whole_in_a_fraction_of_its_memory() -> None:

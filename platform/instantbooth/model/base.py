@@ -35,7 +35,7 @@ class BaseModel:
     def load(cls, name_or_path: str, *, device: torch.device, dtype: torch.dtype) -> BaseModel:
         """Loads a folder, or a hub name. BaseModelError where it is not Stable Diffusion 1.x."""
         folder = locate(name_or_path)
-        _check_layout(folder)
+        check_layout(folder)
         try:
             tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
             with silent_loading():
@@ -106,13 +106,20 @@ def device_of(device: str | torch.device | None) -> torch.device:
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def locate(name_or_path: str) -> Path:
-    """A local folder as it is, a hub name as its snapshot. BaseModelError where neither is found."""
+def local_folder(name_or_path: str) -> Path | None:
+    """A local folder as it is, None for what may be a name on the hub, without asking. BaseModelError for neither."""
     folder = Path(name_or_path)
     if folder.is_dir():
         return folder
     if folder.exists() or name_or_path.count("/") != 1 or name_or_path.startswith((".", "~", "/")):
         raise BaseModelError(f"{name_or_path!r} is no folder; name one, or a Hugging Face model (owner/name)")
+    return None
+
+
+def locate(name_or_path: str) -> Path:
+    """A local folder as it is, a hub name as its snapshot. BaseModelError where neither is found."""
+    if (folder := local_folder(name_or_path)) is not None:
+        return folder
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -125,7 +132,8 @@ def locate(name_or_path: str) -> Path:
         ) from error
 
 
-def _check_layout(folder: Path) -> None:
+def check_layout(folder: Path) -> None:
+    """Raises BaseModelError for a folder that is not laid out as Stable Diffusion 1.x."""
     missing = [part for part in PARTS if not (folder / part).is_dir()]
     if missing:
         raise BaseModelError(

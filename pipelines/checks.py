@@ -1,0 +1,83 @@
+"""What is found out before any row is worked on: whether storage and cluster are what the job needs."""
+
+from __future__ import annotations
+
+import logging
+from typing import Protocol
+
+import ray
+
+from instantbooth.errors import ConditionalWriteError, MissingObjectError, ParameterError
+from instantbooth.ledger import SELF_TEST, Ledger
+from instantbooth.storage import FileStore, ObjectStore, open_store, patiently
+from pipelines.outcome import FAILED
+from pipelines.plan import CONCEPTS
+
+FETCHING_CPUS = 1
+"""What a task that fetches references takes."""
+
+log = logging.getLogger("instantbooth.personalize")
+
+
+class Wanted(Protocol):
+    """Actors of one stage at the start, each of which takes a CPU besides its GPUs."""
+
+    @property
+    def min(self) -> int: ...
+
+    @property
+    def gpus(self) -> float: ...
+
+
+def check_store(store: ObjectStore, *, allow_unconditional: bool) -> bool:
+    """Whether the store honours conditional writes. ConditionalWriteError where it must and does not."""
+    try:
+        Ledger(store).check_store()
+        return True
+    except ConditionalWriteError as error:
+        if not allow_unconditional:
+            raise ConditionalWriteError(
+                f"{error}; or pass --allow-unconditional, and see to it that one run at a time writes there"
+            ) from error
+        log.warning("NOT EXACTLY ONCE: %s", error)
+        return False
+
+
+def check_manifest_apart(manifest: str, output: str) -> None:
+    """Raises ParameterError for a manifest that the job itself would replace at its end."""
+    folder, slash, name = manifest.rpartition("/")
+    if name == FAILED and _place(folder + slash or ".") == _place(output):
+        raise ParameterError(
+            f"{manifest} is what the run would replace, with what it tells of succeeded rows; pass another --output, "
+            f"and --concepts {output} to reuse its concepts"
+        )
+
+
+def check_concepts(uri: str) -> None:
+    """Raises StorageError where an earlier output is not there or cannot be read: every row would meet with that."""
+    store = open_store(uri)
+    if not patiently(lambda: store.exists(SELF_TEST) or next(store.list(f"{CONCEPTS}/"), None)):
+        raise MissingObjectError(f"{uri} is no earlier output and has no {CONCEPTS}/; correct --concepts, or omit it")
+
+
+def check_cluster(concept: Wanted, diffusion: Wanted) -> None:
+    """Raises ParameterError where the cluster lacks what the pools start with: Ray would wait for it in silence."""
+    have = ray.cluster_resources()
+    gpus = concept.min * concept.gpus + diffusion.min * diffusion.gpus
+    if gpus > have.get("GPU", 0):
+        raise ParameterError(
+            f"the pools start with {gpus:g} GPU, the cluster has {have.get('GPU', 0):g}; lower concept.gpus, "
+            "diffusion.gpus or min"
+        )
+    cpus = concept.min + diffusion.min + FETCHING_CPUS
+    if cpus > have.get("CPU", 0):
+        raise ParameterError(
+            f"the pools start with {concept.min} + {diffusion.min} actors of one CPU each, and fetching takes "
+            f"{FETCHING_CPUS} more; the cluster has {have.get('CPU', 0):g}; lower concept.min or diffusion.min"
+        )
+
+
+def _place(uri: str) -> object:
+    """Equal for two names of one folder or prefix."""
+    store = open_store(uri)
+    return store.root.resolve() if isinstance(store, FileStore) else store
