@@ -25,7 +25,7 @@ from pipelines.personalize import load_manifest
 from pipelines.plan import ModelIdentity, concept_key
 from tests.tiny import portrait
 
-MODEL = ModelIdentity(base="base", image_encoder=None, weights="weights")
+MODEL = ModelIdentity(base="base", image_encoder=None, weights="weights", config="config")
 
 
 @pytest.mark.parametrize(
