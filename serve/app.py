@@ -16,7 +16,9 @@ from serve.encoder import ConceptEncoder
 from serve.jobs import JobRunner
 
 CALLS = 1000
-"""Calls that a replica holds at once: each only waits, and what is bounded is bounded in pictures."""
+"""Calls that a replica without an engine holds at once: each only waits for others."""
+CALLS_BESIDE = 64
+"""Calls that a diffusion replica holds beyond its pictures: whom the engine has no room for is told so at once."""
 DRAIN_S = 60.0
 """How long a replica that is to go may finish what it holds."""
 DRAIN_LOOK_S = 0.5
@@ -45,7 +47,7 @@ def application(config: ServeConfig, scaling: AutoscalingConfig) -> Application:
     ).bind(config)
     diffusion = serve.deployment(
         DiffusionEngine,
-        max_ongoing_requests=CALLS,
+        max_ongoing_requests=config.max_requests + CALLS_BESIDE,
         graceful_shutdown_timeout_s=DRAIN_S,
         graceful_shutdown_wait_loop_s=DRAIN_LOOK_S,
         health_check_period_s=2.0,

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import pickle
 import time
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID
 
 from instantbooth.errors import DeadlineError, ImageError, OverloadedError, PromptError, StorageError
 from instantbooth.storage import FileStore
@@ -92,16 +94,27 @@ def test_replicas_follow_the_work_and_not_the_number_of_requests() -> None:
     assert [wanted(), wanted(0, 0), wanted(60, 40), wanted(60, 41), wanted(1000)] == [1, 1, 1, 2, 10]
 
 
+def a_router(replicas: int) -> tuple[ConceptRouter, list[Any]]:
+    """A router, and that many replicas by their ids."""
+    deployment = DeploymentID("DiffusionEngine")
+    router = ConceptRouter(deployment, DeploymentHandleSource.REPLICA, use_replica_queue_len_cache=True)
+    return router, [SimpleNamespace(replica_id=ReplicaID(f"r{n}", deployment)) for n in range(replicas)]
+
+
+def ranks(router: ConceptRouter, concept: str | None, among: list[Any]) -> list[list[Any]]:
+    """Where the router would send a call with this concept, in order."""
+    work = Work(
+        prompt="", tenant="ada", concept_id=concept, seed=0, n=1, width=None, height=None, parameters={},
+        output_format="png", quality=95,
+    )  # fmt: skip
+    return asyncio.run(router.choose_replicas(among, SimpleNamespace(args=[work])))
+
+
 def test_a_concept_keeps_its_replica_while_others_come_and_go() -> None:
-    replicas = [SimpleNamespace(replica_id=SimpleNamespace(unique_id=f"r{n}")) for n in range(5)]
+    router, replicas = a_router(5)
 
     def preferred(concept: str | None, among: list[Any]) -> Any:
-        work = Work(
-            prompt="", tenant="ada", concept_id=concept, seed=0, n=1, width=None, height=None, parameters={},
-            output_format="png", quality=95,
-        )  # fmt: skip
-        ranks = ConceptRouter.choose_replicas(None, among, SimpleNamespace(args=[work]))
-        return asyncio.run(ranks)
+        return ranks(router, concept, among)
 
     concepts = [f"concept_{n}" for n in range(40)]
     before = {concept: preferred(concept, replicas)[0][0] for concept in concepts}
@@ -110,6 +123,21 @@ def test_a_concept_keeps_its_replica_while_others_come_and_go() -> None:
     after = {concept: preferred(concept, [each for each in replicas if each is not gone])[0][0] for concept in concepts}
     assert all(after[concept] is before[concept] for concept in concepts if before[concept] is not gone)
     assert preferred(None, replicas) == [replicas]
+
+
+def test_a_concept_that_everybody_asks_for_takes_every_replica() -> None:
+    router, replicas = a_router(4)
+    sent = Counter()
+    for _ in range(100):
+        chosen = ranks(router, "concept_1", replicas)[0][0].replica_id
+        router.on_send_request(chosen)
+        sent[chosen] += 1
+    assert len(sent) == 4
+    assert max(sent.values()) <= 1 + 1.25 * 101 / 4 + 1
+    for replica in sent:
+        for _ in range(sent[replica]):
+            router.decrement_queue_len_cache(replica)
+    assert ranks(router, "concept_1", replicas)[0][0].replica_id == next(iter(sent))
 
 
 def test_a_signed_path_ends_and_cannot_be_made_up(tmp_path: Path) -> None:
