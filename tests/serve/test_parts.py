@@ -13,18 +13,18 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID
+from ray.serve.exceptions import BackPressureError
 
-from instantbooth.errors import DeadlineError, ImageError, OverloadedError, PromptError, StorageError
+from instantbooth.errors import DeadlineError, ImageError, OverloadedError, PictureError, PromptError, StorageError
 from instantbooth.storage import FileStore
 from serve.config import ServeConfig
 from serve.errors import ApiError, of_exception
-from serve.fetch import fetch
 from serve.keys import Keyring, check_local, new_key
 from serve.limits import Gate
-from serve.messages import Work
 from serve.pictures import PictureStore
 from serve.records import Expiring, Records, new_id
 from serve.scaling import ConceptRouter, QueuedWorkPolicy
+from tests.serve.works import a_work
 
 
 def test_a_key_names_its_tenant_and_no_other_text_does() -> None:
@@ -71,7 +71,9 @@ def test_a_full_gate_says_when_to_come_back() -> None:
         (ImageError("image 1 is damaged"), 422),
         (PromptError("prompt 'x' names no subject"), 422),
         (OverloadedError("full"), 429),
+        (BackPressureError(3, 2), 429),
         (DeadlineError("late"), 504),
+        (PictureError("not finite"), 500),
         (TimeoutError(), 504),
         (StorageError("cannot read s3://secret/place"), 503),
         (KeyError("/root/secret"), 500),
@@ -103,11 +105,7 @@ def a_router(replicas: int) -> tuple[ConceptRouter, list[Any]]:
 
 def ranks(router: ConceptRouter, concept: str | None, among: list[Any]) -> list[list[Any]]:
     """Where the router would send a call with this concept, in order."""
-    work = Work(
-        prompt="", tenant="ada", concept_id=concept, seed=0, n=1, width=None, height=None, parameters={},
-        output_format="png", quality=95,
-    )  # fmt: skip
-    return asyncio.run(router.choose_replicas(among, SimpleNamespace(args=[work])))
+    return asyncio.run(router.choose_replicas(among, SimpleNamespace(args=[a_work(concept_id=concept)])))
 
 
 def test_a_concept_keeps_its_replica_while_others_come_and_go() -> None:
@@ -174,18 +172,3 @@ def test_records_are_pages_of_their_tenant_and_claimed_once(tmp_path: Path) -> N
         with pytest.raises(ApiError, match="no thing"):
             records.get("ada", wrong)
     assert records.add("ada", Expiring(id=f"thing_{9:024x}", expires_at=later))
-
-
-@pytest.mark.parametrize(
-    "url",
-    [
-        "http://photos.example/a",
-        "https://elsewhere.example/a",
-        "https://me@photos.example/a",
-        "file:///etc/passwd",
-        "https://[::1/",
-    ],
-)
-def test_only_named_hosts_are_asked_for_pictures(url: str) -> None:
-    with pytest.raises(ApiError, match="image_url"):
-        fetch(url, ["photos.example"], 100)
