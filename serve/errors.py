@@ -15,6 +15,7 @@ from instantbooth.errors import (
     InstantBoothError,
     MissingObjectError,
     OverloadedError,
+    PictureError,
     StorageError,
 )
 from serve.schemas import ErrorBody, ErrorObject, ErrorType
@@ -85,6 +86,7 @@ def of_exception(error: BaseException) -> ApiError:
         (OverloadedError, 429, "overloaded"),
         (DeadlineError, 504, "deadline_exceeded"),
         (EngineError, 503, "engine"),
+        (PictureError, 500, "picture"),
     ):
         if isinstance(error, kind):
             return ApiError(status, code, str(error), _param(error))
@@ -95,6 +97,11 @@ def of_exception(error: BaseException) -> ApiError:
     if isinstance(error, StorageError):
         return ApiError(503, "storage", "the object store does not answer; try again later")
     if type(error).__module__.startswith("ray."):
+        # Imported where Ray is there already: who makes keys shall not wait for it.
+        from ray.serve.exceptions import BackPressureError
+
+        if isinstance(error, BackPressureError):
+            return ApiError(429, "overloaded", "too many calls wait for a replica; try again later")
         return ApiError(503, "unavailable", "no replica can take the request now; try again later")
     return ApiError(500, "internal", "the server failed; try again, and report the request id if it fails again")
 

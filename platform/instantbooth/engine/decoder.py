@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
 from queue import Empty, PriorityQueue
@@ -13,7 +15,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from instantbooth.errors import EngineError
 from instantbooth.model.base import BaseModel
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(order=True)
@@ -39,8 +44,14 @@ class Decoder:
         self._number = count()
         self._pending = {_PICTURE: 0, _PREVIEW: 0}
         self._lock = Lock()
+        self._broken = False
         self._thread = Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether it decodes what is put: false once it is closed or broke down."""
+        return self._thread.is_alive() and not self._broken
 
     @property
     def backlog(self) -> int:
@@ -58,8 +69,13 @@ class Decoder:
 
         `charge` is told the seconds first.
         """
-        self._count(_PICTURE, 1)
-        self._jobs.put(_Job(_PICTURE, next(self._number), latents, deliver, fail, charge))
+        job = _Job(_PICTURE, next(self._number), latents, deliver, fail, charge)
+        with self._lock:
+            self._pending[_PICTURE] += 1
+            self._jobs.put(job)
+            broken = self._broken
+        if broken:
+            self._fail_all([])
 
     def put_preview(self, latents: Tensor, deliver: Callable[[Image.Image], None]) -> None:
         """The same for a preview, which is left out where the thread has other work."""
@@ -77,9 +93,25 @@ class Decoder:
             self._pending[priority] += change
 
     def _run(self) -> None:
-        with torch.cuda.stream(_stream(self._base.device)):
-            while (batch := self._next_batch())[0].latents is not None:
-                self._decode(batch)
+        batch: list[_Job] = []
+        try:
+            with torch.cuda.stream(_stream(self._base.device)):
+                while (batch := self._next_batch())[0].latents is not None:
+                    self._decode(batch)
+        except BaseException:
+            # A lost device or a listener's defect: nobody shall wait for a thread that is gone.
+            logger.exception("the decoder broke down")
+            with self._lock:
+                self._broken = True
+            self._fail_all(batch)
+
+    def _fail_all(self, jobs: list[_Job]) -> None:
+        """These and whatever waits."""
+        with suppress(Empty):
+            while True:
+                jobs.append(self._jobs.get_nowait())
+        for job in jobs:
+            job.fail(EngineError("the engine broke down; start another"))
 
     def _next_batch(self) -> list[_Job]:
         """The next job, and those behind it with latents of the same shape."""
@@ -99,6 +131,8 @@ class Decoder:
         started = time.perf_counter()
         try:
             pictures = self._base.decode(torch.stack([job.latents for job in batch if job.latents is not None]))
+        except torch.AcceleratorError:
+            raise
         except Exception as error:
             if len(batch) > 1:
                 for job in batch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -22,10 +23,12 @@ from instantbooth.engine.decoder import Decoder
 from instantbooth.engine.knee import knee, measure_steps, wait_for
 from instantbooth.engine.scheduler import Scheduler, Size
 from instantbooth.engine.ticket import Progress, Ticket
-from instantbooth.errors import DeadlineError, EngineError, OverloadedError, ParameterError
+from instantbooth.errors import DeadlineError, EngineError, OverloadedError, ParameterError, PictureError
 from instantbooth.model.conditioning import reference_tokens
 from instantbooth.model.denoise import BatchShape, Row, RowBatch
 from instantbooth.model.personalizer import Request
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +112,7 @@ class Engine:
         self._scheduler: Scheduler[Ticket] = Scheduler(self._budget, most=max(config.buckets, default=None))
         self._batch: RowBatch | None = None
         self._arrivals: list[Ticket] = []
+        self._forgotten: set[str] = set()
         self._wake = Condition()
         self._closing = False
         self._numbers = count()
@@ -139,7 +143,7 @@ class Engine:
             request, number=next(self._numbers), due=due, deadline=deadline, previews=previews, listener=listener
         )
         with self._wake:
-            if self._closing:
+            if self._closing or not self._decoder.alive:
                 raise EngineError("the engine is closed; start another")
             if (held := len(self._arrivals) + len(self._scheduler)) >= self.config.max_requests:
                 self._ended["refused"] += 1
@@ -150,8 +154,14 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        """Whether it denoises what is submitted: false once it is closed or broke down."""
-        return self._thread.is_alive() and not self._closing
+        """Whether it makes what is submitted: false once it is closed or one of its threads broke down."""
+        return self._thread.is_alive() and self._decoder.alive and not self._closing
+
+    def forget(self, concept_digest: str) -> None:
+        """Drops a deleted concept's keys and values: now, or with the last request that still needs them."""
+        with self._wake:
+            self._forgotten.add(concept_digest)
+            self._discard_forgotten()
 
     def stats(self) -> EngineStats:
         """A snapshot."""
@@ -192,12 +202,14 @@ class Engine:
         try:
             with _denoising_stream(self.booth.base.device):
                 while self._gather():
+                    if not self._decoder.alive:
+                        raise EngineError("the decoder is gone")
                     self._drop_ended()
                     self._step(self._scheduler.choose(self._may_step))
-        except BaseException as error:
-            # A defect of the engine itself: nobody shall wait for a thread that is gone.
-            self._fail_all(EngineError(f"the engine broke down: {error!r}"))
-            raise
+        except BaseException:
+            # A defect of the engine itself or a lost device: nobody shall wait for a thread that is gone.
+            logger.exception("the engine broke down")
+            self._fail_all(EngineError("the engine broke down; start another"))
 
     def _fail_all(self, error: EngineError) -> None:
         with self._wake:
@@ -206,15 +218,24 @@ class Engine:
                 ticket.fail(error)
 
     def _gather(self) -> bool:
-        """Lets arrivals in, and sleeps while nobody can step; False once closed and empty."""
+        """Lets arrivals in, and sleeps a while where nobody can step; False once closed and empty."""
         with self._wake:
-            while not (self._arrivals or self._closing or any(map(self._may_step, self._scheduler))):
+            self._discard_forgotten()
+            if not (self._arrivals or self._closing or any(map(self._may_step, self._scheduler))):
+                # The last batch is done: its keys and values shall not outlast the cache's.
+                self._batch = None
                 # The decoder does not wake this thread: look now and then whether it has caught up.
                 self._wake.wait(timeout=0.01 if len(self._scheduler) else None)
-            arrivals, self._arrivals = self._arrivals, []
-        for ticket in arrivals:
-            self._scheduler.add(ticket)
+            for ticket in self._arrivals:
+                self._scheduler.add(ticket)
+            self._arrivals = []
         return bool(len(self._scheduler)) or not self._closing
+
+    def _discard_forgotten(self) -> None:
+        needed = {ticket.request.concept.digest for ticket in [*self._scheduler, *self._arrivals]}
+        for digest in self._forgotten - needed:
+            self.concepts.discard(digest)
+        self._forgotten &= needed
 
     def _drop_ended(self) -> None:
         now = time.monotonic()
@@ -236,7 +257,10 @@ class Engine:
         return min(most, max(1, self.row_budget * native**2 // (height * width)))
 
     def _step(self, tickets: Sequence[Ticket]) -> None:
-        """One step of these; where it fails, of each half, until the one at fault is alone and fails alone."""
+        """One step of these; where it fails, of each half, until the one at fault is alone and fails alone.
+
+        Raises torch.AcceleratorError: after one, no call to the device succeeds in this process.
+        """
         if not tickets:
             return
         started = time.perf_counter()
@@ -244,6 +268,8 @@ class Engine:
             batch = self._assemble(tickets)
             batch.step()
             wait_for(self.booth.base.device)
+        except torch.AcceleratorError:
+            raise
         except Exception as error:
             self._batch = None
             if isinstance(error, torch.OutOfMemoryError):
@@ -306,7 +332,7 @@ class Engine:
         if row.done:
             self._scheduler.remove(ticket)
             if not torch.isfinite(row.latents).all():
-                self._settle(ticket, EngineError("the picture is not finite: use weights or a precision that fit"))
+                self._settle(ticket, PictureError("the picture is not finite; use weights or a precision that fit"))
                 return
             settle = partial(self._settle, ticket)
             self._decoder.put(row.latents, settle, settle, ticket.charge_decoding)
