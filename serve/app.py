@@ -14,6 +14,7 @@ from serve.config import ServeConfig
 from serve.diffusion import DiffusionEngine
 from serve.encoder import ConceptEncoder
 from serve.jobs import JobRunner
+from serve.model import pinned
 
 CALLS = 1000
 """Calls that a replica without an engine holds at once: each only waits for others."""
@@ -35,6 +36,7 @@ def build(args: ServeConfig) -> Application:
 
 def application(config: ServeConfig, scaling: AutoscalingConfig) -> Application:
     """The same, with as many diffusion replicas as `scaling` says."""
+    config = pinned(config)
     if config.url_secret is None:
         config = config.model_copy(update={"url_secret": secrets.token_hex(32)})
     encoder = serve.deployment(
