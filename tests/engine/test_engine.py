@@ -334,15 +334,40 @@ def test_a_step_that_does_not_fit_into_memory_is_taken_in_parts(booth: Personali
         assert abs(picture - np.asarray(_alone(booth, concepts[0], seed), int)).max() <= 1
 
 
+def test_rows_that_did_not_fit_into_memory_once_are_tried_again_later(
+    booth: Personalizer, concepts: list[Concept], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("instantbooth.engine.engine.STEPS_TO_RECOVER", 5)
+    full = Event()
+
+    def once(rows: int) -> None:
+        if rows > 2 and not full.is_set():
+            full.set()
+            raise torch.OutOfMemoryError("somebody else has the memory now")
+
+    with before(booth.base.unet, once), Engine(booth, EngineConfig(row_budget=8)) as engine:
+        tickets = [engine.submit(request(booth, concepts[0], num_inference_steps=LONG)) for _ in range(4)]
+        wait_until(full.is_set)
+        wait_until(lambda: engine.row_budget == 8)
+        assert not any(ticket.future.done() for ticket in tickets)
+        engine.close(drain=False)
+
+
 def test_decoding_does_not_hold_denoising_up_and_holds_new_requests_back(
     booth: Personalizer, concepts: list[Concept]
 ) -> None:
-    released = Event()
-    config = EngineConfig(row_budget=6, max_undecoded=1)
-    with before(booth.base.vae.decoder, lambda rows: released.wait(20)), Engine(booth, config) as engine:
+    released, decoded = Event(), []
+
+    def wait(rows: int) -> None:
+        decoded.append(rows)
+        assert released.wait(20)
+
+    config = EngineConfig(row_budget=6, max_undecoded=2, decode_batch=1)
+    with before(booth.base.vae.decoder, wait), Engine(booth, config) as engine:
         long = engine.submit(request(booth, concepts[0], num_inference_steps=LONG))
-        first = engine.submit(request(booth, concepts[1], num_inference_steps=2))
-        wait_until(lambda: engine.stats().undecoded == 1)
+        first, unwanted = (engine.submit(request(booth, concepts[1], num_inference_steps=2)) for _ in range(2))
+        wait_until(lambda: engine.stats().undecoded == 2)
+        assert unwanted.cancel()
         second = engine.submit(request(booth, concepts[1], num_inference_steps=2))
         late = engine.submit(request(booth, concepts[1], num_inference_steps=2), deadline_s=0.01)
         assert long.row is not None
@@ -356,6 +381,7 @@ def test_decoding_does_not_hold_denoising_up_and_holds_new_requests_back(
         released.set()
         assert first.result(20)
         assert second.result(20)
+        assert decoded == [1, 1]
 
 
 @pytest.mark.parametrize("part", ["unet", "decoder"])

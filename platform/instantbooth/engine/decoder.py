@@ -29,6 +29,7 @@ class _Job:
     deliver: Callable[[Image.Image], None] = field(compare=False, default=lambda picture: None)
     fail: Callable[[Exception], None] = field(compare=False, default=lambda error: None)
     charge: Callable[[float], None] = field(compare=False, default=lambda seconds: None)
+    given_up: Callable[[], Exception | None] = field(compare=False, default=lambda: None)
 
 
 _PICTURE, _PREVIEW, _STOP = 0, 1, 2
@@ -64,12 +65,14 @@ class Decoder:
         deliver: Callable[[Image.Image], None],
         fail: Callable[[Exception], None],
         charge: Callable[[float], None],
+        given_up: Callable[[], Exception | None],
     ) -> None:
         """Decodes scaled latents [C, H, W] as soon as those before them are done; then calls `deliver` or `fail`.
 
-        `charge` is told the seconds first.
+        `charge` is told the seconds first. `given_up` is asked before: where it has a reason not to decode, that is
+        what `fail` is called with.
         """
-        job = _Job(_PICTURE, next(self._number), latents, deliver, fail, charge)
+        job = _Job(_PICTURE, next(self._number), latents, deliver, fail, charge, given_up)
         with self._lock:
             self._pending[_PICTURE] += 1
             self._jobs.put(job)
@@ -97,7 +100,8 @@ class Decoder:
         try:
             with torch.cuda.stream(_stream(self._base.device)):
                 while (batch := self._next_batch())[0].latents is not None:
-                    self._decode(batch)
+                    if wanted := [job for job in batch if self._is_wanted(job)]:
+                        self._decode(wanted)
         except BaseException:
             # A lost device or a listener's defect: nobody shall wait for a thread that is gone.
             logger.exception("the decoder broke down")
@@ -126,6 +130,13 @@ class Decoder:
                 break
             batch.append(job)
         return batch
+
+    def _is_wanted(self, job: _Job) -> bool:
+        reason = job.given_up()
+        if reason is not None:
+            self._count(job.priority, -1)
+            job.fail(reason)
+        return reason is None
 
     def _decode(self, batch: list[_Job]) -> None:
         started = time.perf_counter()

@@ -30,6 +30,9 @@ from instantbooth.model.personalizer import Request
 
 logger = logging.getLogger(__name__)
 
+STEPS_TO_RECOVER = 1000
+"""After so many steps for which memory sufficed, twice as many rows are tried again."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
@@ -108,7 +111,9 @@ class Engine:
         self.config = config
         self.concepts = KeysValuesCache(booth, config.concept_cache_bytes)
         self.row_budget = config.row_budget or knee(measure_steps(booth, max_rows=config.max_row_budget))
-        """U-Net rows of the model's own size in a step; lowered where memory does not suffice."""
+        """U-Net rows of the model's own size in a step; lowered for a while where memory does not suffice."""
+        self._most_rows = self.row_budget
+        self._steps_that_fit = 0
         self._scheduler: Scheduler[Ticket] = Scheduler(self._budget, most=max(config.buckets, default=None))
         self._batch: RowBatch | None = None
         self._arrivals: list[Ticket] = []
@@ -238,13 +243,10 @@ class Engine:
         self._forgotten &= needed
 
     def _drop_ended(self) -> None:
-        now = time.monotonic()
         for ticket in self._scheduler:
-            if ticket.future.done():
-                self._ended["cancelled"] += 1
+            if (reason := ticket.given_up()) is not None:
                 self._scheduler.remove(ticket)
-            elif ticket.deadline is not None and now > ticket.deadline:
-                self._end(ticket, "expired", DeadlineError("the picture was not finished by its deadline"))
+                self._settle(ticket, reason)
 
     def _may_step(self, ticket: Ticket) -> bool:
         return ticket.row is not None or self._decoder.backlog < self.config.max_undecoded
@@ -274,6 +276,7 @@ class Engine:
             self._batch = None
             if isinstance(error, torch.OutOfMemoryError):
                 self.row_budget = max(1, self.row_budget // 2)
+                self._steps_that_fit = 0
             if len(tickets) == 1:
                 self._end(tickets[0], "failed", error)
                 return
@@ -281,6 +284,9 @@ class Engine:
             self._step(tickets[:half])
             self._step(tickets[half:])
             return
+        self._steps_that_fit += 1
+        if self._steps_that_fit % STEPS_TO_RECOVER == 0:
+            self.row_budget = min(self._most_rows, 2 * self.row_budget)
         seconds = time.perf_counter() - started
         self._scheduler.charge(tickets[0].size, seconds)
         rows = sum(ticket.unet_rows for ticket in tickets)
@@ -335,14 +341,14 @@ class Engine:
                 self._settle(ticket, PictureError("the picture is not finite; use weights or a precision that fit"))
                 return
             settle = partial(self._settle, ticket)
-            self._decoder.put(row.latents, settle, settle, ticket.charge_decoding)
+            self._decoder.put(row.latents, settle, settle, ticket.charge_decoding, ticket.given_up)
         elif row.step in ticket.preview_steps and row.previous_x0 is not None:
             self._decoder.put_preview(row.previous_x0, partial(_show, ticket, progress))
 
     def _settle(self, ticket: Ticket, outcome: Image.Image | Exception) -> None:
         """Ends a request that needs no further step."""
         if isinstance(outcome, Exception):
-            settled, how = ticket.fail(outcome), "failed"
+            settled, how = ticket.fail(outcome), "expired" if isinstance(outcome, DeadlineError) else "failed"
         else:
             settled, how = ticket.deliver(outcome), "finished"
         self._ended[how if settled else "cancelled"] += 1
