@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
 from threading import Event
 
@@ -318,6 +321,14 @@ def test_a_forgotten_concept_leaves_with_the_last_request_that_needs_it(
     engine.submit(request(booth, concepts[1])).result(20)
     engine.forget(concepts[1].digest)
     assert engine.concepts.bytes == 0
+
+
+def test_an_idle_engine_holds_nobody(booth: Personalizer, concepts: list[Concept], engine: Engine) -> None:
+    concept = copy(concepts[0])
+    held = weakref.ref(concept)
+    engine.submit(request(booth, concept)).result(20)
+    del concept
+    wait_until(lambda: gc.collect() >= 0 and held() is None)
 
 
 def test_a_step_that_does_not_fit_into_memory_is_taken_in_parts(booth: Personalizer, concepts: list[Concept]) -> None:

@@ -96,18 +96,26 @@ class Decoder:
             self._pending[priority] += change
 
     def _run(self) -> None:
-        batch: list[_Job] = []
+        with torch.cuda.stream(_stream(self._base.device)):
+            while self._decode_next():
+                pass
+
+    def _decode_next(self) -> bool:
+        """False where nothing more is to come. Holds no job beyond itself: an idle thread keeps nobody's picture."""
+        batch = self._next_batch()
+        if batch[0].latents is None:
+            return False
         try:
-            with torch.cuda.stream(_stream(self._base.device)):
-                while (batch := self._next_batch())[0].latents is not None:
-                    if wanted := [job for job in batch if self._is_wanted(job)]:
-                        self._decode(wanted)
+            if wanted := [job for job in batch if self._is_wanted(job)]:
+                self._decode(wanted)
         except BaseException:
             # A lost device or a listener's defect: nobody shall wait for a thread that is gone.
             logger.exception("the decoder broke down")
             with self._lock:
                 self._broken = True
             self._fail_all(batch)
+            return False
+        return True
 
     def _fail_all(self, jobs: list[_Job]) -> None:
         """These and whatever waits."""
