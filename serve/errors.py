@@ -85,11 +85,12 @@ def of_exception(error: BaseException) -> ApiError:
         (ConceptError, 409, "concept_mismatch"),
         (OverloadedError, 429, "overloaded"),
         (DeadlineError, 504, "deadline_exceeded"),
-        (EngineError, 503, "engine"),
         (PictureError, 500, "picture"),
     ):
         if isinstance(error, kind):
             return ApiError(status, code, str(error), _param(error))
+    if isinstance(error, EngineError):
+        return ApiError(503, "engine", "the replica stopped before the picture was finished; try again later")
     if isinstance(error, TimeoutError):
         return ApiError(504, "deadline_exceeded", "the request was not finished by its deadline; raise deadline_s")
     if isinstance(error, MissingObjectError):

@@ -15,7 +15,15 @@ from pydantic import ValidationError
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID
 from ray.serve.exceptions import BackPressureError
 
-from instantbooth.errors import DeadlineError, ImageError, OverloadedError, PictureError, PromptError, StorageError
+from instantbooth.errors import (
+    DeadlineError,
+    EngineError,
+    ImageError,
+    OverloadedError,
+    PictureError,
+    PromptError,
+    StorageError,
+)
 from instantbooth.storage import FileStore
 from serve.config import ServeConfig
 from serve.errors import ApiError, of_exception
@@ -74,6 +82,7 @@ def test_a_full_gate_says_when_to_come_back() -> None:
         (BackPressureError(3, 2), 429),
         (DeadlineError("late"), 504),
         (PictureError("not finite"), 500),
+        (EngineError("the engine broke down: secret"), 503),
         (TimeoutError(), 504),
         (StorageError("cannot read s3://secret/place"), 503),
         (KeyError("/root/secret"), 500),
