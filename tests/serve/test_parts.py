@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import ValidationError
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID
 from ray.serve.exceptions import BackPressureError
@@ -25,6 +26,7 @@ from instantbooth.errors import (
     StorageError,
 )
 from instantbooth.storage import FileStore
+from serve.app import CALLS_BESIDE
 from serve.config import ServeConfig
 from serve.errors import ApiError, of_exception
 from serve.keys import Keyring, check_local, new_key
@@ -145,6 +147,12 @@ def test_a_concept_that_everybody_asks_for_takes_every_replica() -> None:
         for _ in range(sent[replica]):
             router.decrement_queue_len_cache(replica)
     assert ranks(router, "concept_1", replicas)[0][0].replica_id == next(iter(sent))
+
+
+def test_on_a_cluster_too_a_full_replica_refuses_at_once() -> None:
+    settings = yaml.safe_load((Path(__file__).parents[2] / "infra/serve.yaml").read_text())["applications"][0]
+    diffusion = next(each for each in settings["deployments"] if each["name"] == "DiffusionEngine")
+    assert diffusion["max_ongoing_requests"] == settings["args"]["max_requests"] + CALLS_BESIDE
 
 
 def test_a_signed_path_ends_and_cannot_be_made_up(tmp_path: Path) -> None:
