@@ -14,9 +14,12 @@ from serve.config import ServeConfig
 from serve.diffusion import DiffusionEngine
 from serve.encoder import ConceptEncoder
 from serve.jobs import JobRunner
+from serve.model import pinned
 
 CALLS = 1000
-"""Calls that a replica holds at once: each only waits, and what is bounded is bounded in pictures."""
+"""Calls that a replica without an engine holds at once: each only waits for others."""
+CALLS_BESIDE = 64
+"""Calls that a diffusion replica holds beyond its pictures: whom the engine has no room for is told so at once."""
 DRAIN_S = 60.0
 """How long a replica that is to go may finish what it holds."""
 DRAIN_LOOK_S = 0.5
@@ -33,6 +36,7 @@ def build(args: ServeConfig) -> Application:
 
 def application(config: ServeConfig, scaling: AutoscalingConfig) -> Application:
     """The same, with as many diffusion replicas as `scaling` says."""
+    config = pinned(config)
     if config.url_secret is None:
         config = config.model_copy(update={"url_secret": secrets.token_hex(32)})
     encoder = serve.deployment(
@@ -45,7 +49,7 @@ def application(config: ServeConfig, scaling: AutoscalingConfig) -> Application:
     ).bind(config)
     diffusion = serve.deployment(
         DiffusionEngine,
-        max_ongoing_requests=CALLS,
+        max_ongoing_requests=config.max_requests + CALLS_BESIDE,
         graceful_shutdown_timeout_s=DRAIN_S,
         graceful_shutdown_wait_loop_s=DRAIN_LOOK_S,
         health_check_period_s=2.0,

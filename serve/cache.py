@@ -18,7 +18,7 @@ class ConceptCache:
     """The concepts a diffusion replica used last. One that was deleted or has expired is forgotten."""
 
     def __init__(self, store: ConceptStore, forgotten: Callable[[str], None], capacity: int = CACHED_CONCEPTS) -> None:
-        """`forgotten` is told the digest of a concept that must leave other caches too."""
+        """`forgotten` is told the digest of a concept that left: it must leave the caches behind too."""
         self.store = store
         self._forgotten = forgotten
         self._capacity = capacity
@@ -34,11 +34,19 @@ class ConceptCache:
                 return self._entries[key][0], True
         data, expires_at = self.store.load(tenant, concept_id)
         concept = Concept.from_bytes(data, name=f"concept {concept_id}")
+        pushed_out = []
         with self._lock:
             self._entries[key] = (concept, expires_at)
             while len(self._entries) > self._capacity:
-                self._entries.popitem(last=False)
+                pushed_out.append(self._entries.popitem(last=False)[1][0])
+        for each in pushed_out:
+            self._forgotten(each.digest)
         return concept, False
+
+    def holds(self, tenant: str, concept_id: str) -> bool:
+        """Whether a concept is here."""
+        with self._lock:
+            return (tenant, concept_id) in self._entries
 
     def forget(self, tenant: str, concept_id: str) -> None:
         """Drops a concept from here and the caches behind."""

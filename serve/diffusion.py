@@ -44,7 +44,7 @@ class DiffusionEngine:
                 row_budget=config.row_budget, max_row_budget=config.max_row_budget, max_requests=config.max_requests
             ),
         )
-        self.concepts = ConceptCache(ConceptStore(open_store(config.store)), self.engine.concepts.discard)
+        self.concepts = ConceptCache(ConceptStore(open_store(config.store)), self.engine.forget)
         self.metrics = StageMetrics("generate")
         self._warm_up()
         self._stopped = Flag()
@@ -68,6 +68,9 @@ class DiffusionEngine:
             finally:
                 if line.cancel():
                     self.metrics.cancellations.inc()
+                # It was this call's alone, or was deleted meanwhile.
+                if work.concept_id is None or not self.concepts.holds(work.tenant, work.concept_id):
+                    self.engine.forget(concept.digest)
 
     async def describe(self) -> dict[str, object]:
         """The model, as /v1/models tells it: what ImageParameters cannot know."""

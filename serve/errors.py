@@ -15,6 +15,7 @@ from instantbooth.errors import (
     InstantBoothError,
     MissingObjectError,
     OverloadedError,
+    PictureError,
     StorageError,
 )
 from serve.schemas import ErrorBody, ErrorObject, ErrorType
@@ -84,10 +85,12 @@ def of_exception(error: BaseException) -> ApiError:
         (ConceptError, 409, "concept_mismatch"),
         (OverloadedError, 429, "overloaded"),
         (DeadlineError, 504, "deadline_exceeded"),
-        (EngineError, 503, "engine"),
+        (PictureError, 500, "picture"),
     ):
         if isinstance(error, kind):
             return ApiError(status, code, str(error), _param(error))
+    if isinstance(error, EngineError):
+        return ApiError(503, "engine", "the replica stopped before the picture was finished; try again later")
     if isinstance(error, TimeoutError):
         return ApiError(504, "deadline_exceeded", "the request was not finished by its deadline; raise deadline_s")
     if isinstance(error, MissingObjectError):
@@ -95,6 +98,11 @@ def of_exception(error: BaseException) -> ApiError:
     if isinstance(error, StorageError):
         return ApiError(503, "storage", "the object store does not answer; try again later")
     if type(error).__module__.startswith("ray."):
+        # Imported where Ray is there already: who makes keys shall not wait for it.
+        from ray.serve.exceptions import BackPressureError
+
+        if isinstance(error, BackPressureError):
+            return ApiError(429, "overloaded", "too many calls wait for a replica; try again later")
         return ApiError(503, "unavailable", "no replica can take the request now; try again later")
     return ApiError(500, "internal", "the server failed; try again, and report the request id if it fails again")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ def fetch(url: str, hosts: Sequence[str], max_bytes: int) -> bytes:
     try:
         with opener.open(url, timeout=TIMEOUT_S) as response:
             data: bytes = response.read(max_bytes + 1)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise _error(f"image_url {url[:80]!r} cannot be had; upload the file in the field image") from error
     if len(data) > max_bytes:
         raise ApiError(413, "file_too_large", f"image_url has over {max_bytes} bytes; resize it", "image_url")

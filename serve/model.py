@@ -11,8 +11,15 @@ from PIL import Image
 
 from instantbooth import Concept, Personalizer
 from instantbooth.model.subjects import SubjectEncoder
-from instantbooth.tracking import resolve_weights
+from instantbooth.tracking import resolve_version, resolve_weights
 from serve.config import ServeConfig
+
+
+def pinned(config: ServeConfig) -> ServeConfig:
+    """With the version that an alias names now: replicas that start later load the same. Raises WeightsError."""
+    if not config.weights or not config.weights.startswith("models:/"):
+        return config
+    return config.model_copy(update={"weights": resolve_version(config.weights, config.tracking_uri).uri})
 
 
 def load(config: ServeConfig) -> Personalizer:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from hashlib import sha256
 from typing import Any
 
 from ray.serve.config import AutoscalingContext
-from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, RunningReplica
+from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+
+BUSIEST = 1.25
+"""A replica is passed over once it has more calls than this many times the mean, and one more."""
 
 
 class QueuedWorkPolicy:
@@ -26,10 +30,12 @@ class QueuedWorkPolicy:
         return max(1, math.ceil(work / self.rows_per_replica)), {}
 
 
-class ConceptRouter(FIFOMixin, RequestRouter):
-    """Calls with one concept go to one replica, which then holds it; where that one is full, to the next in line.
+class ConceptRouter(RequestRouter):
+    """Calls with one concept go to one replica, which then holds it; where that one is busy, to the next in line.
 
     Each concept has its own order of the replicas, by hash: when a replica comes or goes, only its concepts move.
+    Loads are bounded as in Mirrokni, Thorup and Zadimoghaddam, "Consistent hashing with bounded loads", 2018: one
+    concept that everybody asks for takes all replicas and not one.
     """
 
     async def choose_replicas(
@@ -40,7 +46,10 @@ class ConceptRouter(FIFOMixin, RequestRouter):
         affinity = getattr(work, "affinity", "")
         if not affinity:
             return [candidate_replicas]
-        return [[replica] for replica in sorted(candidate_replicas, key=lambda each: _weight(affinity, each))]
+        calls = [self.replica_queue_len_cache.get(replica.replica_id) or 0 for replica in candidate_replicas]
+        most = 1 + BUSIEST * (sum(calls) + 1) / len(calls)
+        free = [replica for replica, held in zip(candidate_replicas, calls, strict=True) if held < most]
+        return [[replica] for replica in sorted(free, key=partial(_weight, affinity))] + [candidate_replicas]
 
 
 def _weight(affinity: str, replica: RunningReplica) -> bytes:

@@ -14,6 +14,8 @@ from instantbooth.evaluation.judges import AttributeJudge, IdentityJudge
 from instantbooth.miniature.world import ATTRIBUTES
 from instantbooth.tracking import CHAMPION, Registry, open_run
 from jobs.promote import PromoteConfig, judge, promote
+from serve.config import ServeConfig
+from serve.model import pinned
 from tests.tiny import tiny_booth
 
 
@@ -47,6 +49,8 @@ def test_a_candidate_becomes_champion_and_is_loaded_by_name(config: PromoteConfi
         tiny / "base", image_encoder=tiny / "clip", weights="models:/instantbooth@champion", device="cpu"
     )
     assert named.weights_digest == booth.weights_digest
+    endpoint = pinned(ServeConfig(weights="models:/instantbooth@champion"))
+    assert endpoint.weights == "models:/instantbooth/1"
 
     assert register(config, tiny, tmp_path, step=2) == "models:/instantbooth/2"
     assert register(config, tiny, tmp_path, step=2) == "models:/instantbooth/2"

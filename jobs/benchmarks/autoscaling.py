@@ -18,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from instantbooth.errors import ParameterError
 from jobs import cli
+from jobs.benchmarks.goals import at_least, conclude
 from jobs.benchmarks.serve import PROMPT, endpoint, new_concept
 from jobs.benchmarks.timing import machine
 
@@ -26,6 +27,8 @@ LOAD = (0.1, 0.5)
 LOOK_S = 0.5
 MAX_WAITING = 1000
 """Requests that may wait for their answers."""
+SUBJECTS = 4
+"""Concepts that the callers ask for in turn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +82,8 @@ class Look:
     """Warm diffusion replicas."""
     queued_rows: float
     """U-Net rows still to compute."""
+    rows: dict[str, float]
+    """U-Net rows computed since its start, by replica."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +98,7 @@ class Answer:
 
 
 def autoscaling(options: cli.Flat[AutoscalingBenchmark]) -> None:
-    """Writes a plot and its numbers, and prints a summary as JSON."""
+    """Writes a plot and its numbers, and prints a summary as JSON; exit status 1 where a replica computed nothing."""
     from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
     policy = AutoscalingPolicy(
@@ -116,17 +121,21 @@ def autoscaling(options: cli.Flat[AutoscalingBenchmark]) -> None:
     numbers = {"looks": [asdict(look) for look in looks], "answers": [asdict(answer) for answer in answers]}
     (options.output / "autoscaling.json").write_text(json.dumps(summary | numbers, indent=2))
     _plot(options, looks, answers, options.output / "autoscaling.png")
-    print(json.dumps(summary | {"plot": str(options.output / "autoscaling.png")}, indent=2))
+    busy = sum(rows > 0 for rows in _rows(looks))
+    conclude(
+        summary | {"plot": str(options.output / "autoscaling.png")},
+        {"replicas that took part": at_least(busy, options.max_replicas)},
+    )
 
 
 def _driven(options: AutoscalingBenchmark, url: str) -> tuple[list[Look], list[Answer]]:
     """Asks when it is time to, and looks at the endpoint meanwhile."""
     body = {
         "prompt": PROMPT,
-        "concept": new_concept(url),
         "num_inference_steps": options.num_inference_steps,
         "guidance_scale": options.guidance_scale,
     }
+    concepts = [new_concept(url) for _ in range(SUBJECTS)]
     started = time.monotonic()
     looks: list[Look] = []
     over = threading.Event()
@@ -137,7 +146,8 @@ def _driven(options: AutoscalingBenchmark, url: str) -> tuple[list[Look], list[A
                 looks.append(_look(url, started))
 
     def ask(second: float, seed: int) -> Answer:
-        answer = requests.post(f"{url}/v1/images/generations", json=body | {"seed": seed}, timeout=700)
+        call = body | {"seed": seed, "concept": concepts[seed % SUBJECTS]}
+        answer = requests.post(f"{url}/v1/images/generations", json=call, timeout=700)
         return Answer(second=second, waited=time.monotonic() - started - second, status=answer.status_code)
 
     watcher = threading.Thread(target=watch, daemon=True)
@@ -161,6 +171,7 @@ def _look(url: str, started: float) -> Look:
         second=time.monotonic() - started,
         replicas=len(samples.get("instantbooth_row_budget", [])),
         queued_rows=sum(sample.value for sample in samples.get("instantbooth_queued_work_rows", [])),
+        rows={sample.labels["replica"]: sample.value for sample in samples.get("instantbooth_rows", [])},
     )
 
 
@@ -172,6 +183,7 @@ def _summary(options: AutoscalingBenchmark, looks: list[Look], answers: list[Ans
         "pictures": len(answers),
         "statuses": Counter(answer.status for answer in answers),
         "replicas": {"most": most, "at_the_end": looks[-1].replicas},
+        "rows_by_replica": _rows(looks),
         "more_than_one_between_s": [round(second, 1) for second in (scaled[0], scaled[-1])] if scaled else None,
         "most_queued_rows": max(look.queued_rows for look in looks),
         "latency_s": {
@@ -180,6 +192,13 @@ def _summary(options: AutoscalingBenchmark, looks: list[Look], answers: list[Ans
         },
         "options": {name: value for name, value in asdict(options).items() if name not in ("output", "port")},
     }
+
+
+def _rows(looks: list[Look]) -> list[float]:
+    """U-Net rows that each replica computed while it was looked at, the busiest first."""
+    replicas = {replica for look in looks for replica in look.rows}
+    counted = {replica: [look.rows[replica] for look in looks if replica in look.rows] for replica in replicas}
+    return sorted((each[-1] - each[0] for each in counted.values()), reverse=True)
 
 
 def _plot(options: AutoscalingBenchmark, looks: list[Look], answers: list[Answer], path: Path) -> None:

@@ -24,9 +24,11 @@ from instantbooth.errors import ParameterError
 from jobs import cli
 from jobs.benchmarks.arrivals import Submit, at_once, poisson, replay
 from jobs.benchmarks.delays import delays
+from jobs.benchmarks.engine_peak import against_one_request, share_of_peak
 from jobs.benchmarks.engine_plot import plot
 from jobs.benchmarks.fixed_batches import FixedBatches
 from jobs.benchmarks.full_size import write_full_size
+from jobs.benchmarks.goals import Goal, at_least, at_most, conclude
 from jobs.benchmarks.timing import machine
 from jobs.benchmarks.workload import Workload
 
@@ -72,24 +74,48 @@ class EngineBenchmark:
 
 
 def engine(options: cli.Flat[EngineBenchmark]) -> None:
-    """Prints throughput, latencies, delays and the curve as JSON; writes it and a plot into the output folder."""
+    """Prints throughput, latencies, delays and the curve as JSON; writes it and a plot into the output folder.
+
+    Exit status 1 where a goal is missed.
+    """
     with _personalizer(options) as booth:
         result = _measure(booth, options)
     options.output.mkdir(parents=True, exist_ok=True)
     text = json.dumps(result, indent=2)
     (options.output / "engine.json").write_text(text + "\n")
     plot(json.loads(text), options.output / "engine.png")
-    print(text)
+    conclude(result, goals_of(result))
 
 
-def _measure(booth: Personalizer, options: EngineBenchmark) -> dict[str, object]:
+def goals_of(result: Mapping[str, Any]) -> dict[str, Goal]:
+    """Those at Stable Diffusion 1.5's size are for a GPU, where one is measured."""
+    goals = {
+        "p95 over request-level's at serial's capacity": at_most(
+            result["arrivals"]["p95_over_request_level"][1.0][REQUEST_LEVEL], 0.5
+        ),
+        "throughput over the best static batch's": at_least(
+            result["identical_requests"]["step_level_over_best_static_batch"], 0.95
+        ),
+    }
+    if "one_request" in result:
+        goals["knee over one eager request"] = at_least(result["one_request"]["knee_over_one_eager"], 3.0)
+        goals["knee over one compiled request"] = at_least(result["one_request"]["knee_over_one_compiled"], 1.5)
+    return goals
+
+
+def _measure(booth: Personalizer, options: EngineBenchmark) -> dict[str, Any]:
     workload = Workload(booth, options.seed)
     seconds = measure_steps(booth, max_rows=options.max_rows, repeats=options.repeats, patience_s=PATIENCE_S)
     row_budget = knee(seconds)
+    full_size = {}
+    if options.full_size:
+        full_size["one_request"] = against_one_request(booth, seconds, row_budget, repeats=options.repeats)
+        full_size["peak"] = share_of_peak(booth, seconds, row_budget, machine(options.device))
     return {
         "model": "Stable Diffusion 1.5 shapes at 512" if options.full_size else "miniature",
         "machine": machine(options.device),
         "steps": _curve(seconds, row_budget),
+        **full_size,
         "identical_requests": _identical(booth, workload, seconds, options),
         "delays": delays(booth, workload.long(), row_budget=row_budget, trials=options.trials),
         "arrivals": _arrivals(booth, workload, row_budget, options),

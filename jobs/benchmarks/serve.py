@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from PIL import Image
 from instantbooth import Personalizer
 from instantbooth.engine import Engine, EngineConfig
 from jobs import cli
+from jobs.benchmarks.goals import at_most, conclude
 from jobs.benchmarks.timing import machine, measure
 from jobs.cluster import ray_cluster
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ray.serve.config import AutoscalingConfig
 
 PROMPT = "a photo of a {subject} at the beach"
+MOST_OVER_ENGINE = 1.1
 SUBJECT = Image.new("RGBA", (64, 64), (200, 120, 80, 255))
 
 
@@ -40,7 +41,7 @@ class ServeBenchmark:
 
 
 def serve(options: cli.Flat[ServeBenchmark]) -> None:
-    """Prints the medians, what the endpoint adds, and the ratio, as JSON."""
+    """Prints the medians, what the endpoint adds, and the ratio, as JSON; exit status 1 where it adds too much."""
     torch.set_num_threads(1)
     settings = {"num_inference_steps": options.num_inference_steps, "guidance_scale": options.guidance_scale}
     booth = Personalizer.from_pretrained("miniature", device="cpu")
@@ -60,14 +61,14 @@ def serve(options: cli.Flat[ServeBenchmark]) -> None:
         variants = {"engine": in_process, "endpoint": through_http}
         medians = measure(variants, options.repeats, torch.device("cpu"))
     added = medians["endpoint"] - medians["engine"]
-    result = {
+    result: dict[str, Any] = {
         "machine": machine("cpu"),
         "request": settings,
         "endpoint_over_engine": round(medians["endpoint"] / medians["engine"], 3),
         "added_milliseconds": round(1000 * added, 1),
         "median_milliseconds": {name: round(1000 * value, 1) for name, value in medians.items()},
     }
-    print(json.dumps(result, indent=2))
+    conclude(result, {"endpoint over engine": at_most(result["endpoint_over_engine"], MOST_OVER_ENGINE)})
 
 
 @contextmanager

@@ -16,6 +16,7 @@
     ├── TrainingError           a training that cannot go on
     │   └── StoppedError          it was asked to stop, and saved what it had
     ├── TrackingError           MLflow could not be had
+    ├── PictureError            a picture that came out unusable
     └── EngineError             a request that was not denoised
         ├── OverloadedError       there are too many before it
         └── DeadlineError         its time ran out
@@ -91,6 +92,10 @@ class StoppedError(TrainingError):
 
 class TrackingError(InstantBoothError):
     """The tracking server did not answer, or refused."""
+
+
+class PictureError(InstantBoothError):
+    """A picture that is not finite: the same request would make it again."""
 
 
 class EngineError(InstantBoothError):

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
+from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
+from threading import Event
 
 import numpy as np
 import pytest
@@ -16,7 +21,7 @@ from hypothesis import strategies as st
 from instantbooth import Concept, Personalizer
 from instantbooth.engine import Engine, EngineConfig
 from instantbooth.engine.concepts import KeysValuesCache, size_of
-from instantbooth.errors import DeadlineError, EngineError, OverloadedError, ParameterError
+from instantbooth.errors import DeadlineError, EngineError, OverloadedError, ParameterError, PictureError
 from instantbooth.model.personalizer import Request
 from instantbooth.model.samplers import SAMPLERS
 from jobs.benchmarks.delays import delays
@@ -187,7 +192,7 @@ def test_who_is_at_fault_fails_alone(booth: Personalizer, concepts: list[Concept
     assert np.asarray(picture).std() > 0
     with pytest.raises(RuntimeError, match="shape"):
         tickets[1].result(20)
-    with pytest.raises(EngineError, match="not finite"):
+    with pytest.raises(PictureError, match="not finite"):
         tickets[2].result(20)
     assert engine.stats().ended == {"finished": 1, "failed": 2}
 
@@ -198,7 +203,11 @@ def test_keys_and_values_pushed_out_of_the_cache_change_nothing(booth: Personali
     for concept in (concepts[0], concepts[1], concepts[0]):
         cache.get(concept)
     assert cache.bytes <= 2 * entry
+    assert (cache.hits, cache.misses) == (0, 3)
+    cache.discard(concepts[1].digest)
     cache.discard(concepts[0].digest)
+    cache.discard(concepts[0].digest)
+    assert cache.bytes == 0
     with Engine(booth, EngineConfig(row_budget=2, concept_cache_bytes=1)) as engine:
         picture = engine.submit(request(booth, concepts[2], seed=8)).result(20)
     difference = np.asarray(picture, int) - np.asarray(_alone(booth, concepts[2], seed=8), int)
@@ -280,6 +289,129 @@ def test_the_row_budget_is_measured_where_none_is_given(booth: Personalizer, con
     with Engine(booth, EngineConfig(max_row_budget=4)) as engine:
         assert engine.row_budget in (1, 2, 4)
         assert engine.submit(request(booth, concepts[0])).result(20)
+
+
+@contextmanager
+def before(module: torch.nn.Module, act: Callable[[int], object]) -> Iterator[None]:
+    """Lets something happen before each forward pass, which is told its number of rows."""
+
+    def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        act(len(inputs[0]))
+
+    handle = module.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def test_a_forgotten_concept_leaves_with_the_last_request_that_needs_it(
+    booth: Personalizer, concepts: list[Concept], engine: Engine
+) -> None:
+    held = [engine.submit(request(booth, concepts[0], num_inference_steps=LONG)) for _ in range(2)]
+    wait_until(lambda: all(ticket.row is not None for ticket in held))
+    engine.forget(concepts[0].digest)
+    for ticket in held:
+        # The batch changes, and asks for its keys and values anew.
+        assert engine.concepts.bytes == size_of(booth.keys_values(concepts[0]))
+        ticket.cancel()
+        wait_until(lambda ticket=ticket: ticket not in engine._scheduler)
+    wait_until(lambda: engine.concepts.bytes == 0)
+    wait_until(lambda: engine._batch is None)
+    engine.submit(request(booth, concepts[1])).result(20)
+    engine.forget(concepts[1].digest)
+    assert engine.concepts.bytes == 0
+
+
+def test_an_idle_engine_holds_nobody(booth: Personalizer, concepts: list[Concept], engine: Engine) -> None:
+    concept = copy(concepts[0])
+    held = weakref.ref(concept)
+    engine.submit(request(booth, concept)).result(20)
+    del concept
+    wait_until(lambda: gc.collect() >= 0 and held() is None)
+
+
+def test_a_step_that_does_not_fit_into_memory_is_taken_in_parts(booth: Personalizer, concepts: list[Concept]) -> None:
+    def at_most_two(rows: int) -> None:
+        if rows > 2:
+            raise torch.OutOfMemoryError("no memory for so many rows")
+
+    with before(booth.base.unet, at_most_two), Engine(booth, EngineConfig(row_budget=8)) as engine:
+        tickets = [engine.submit(request(booth, concepts[0], seed=seed)) for seed in range(4)]
+        pictures = [np.asarray(ticket.result(20), int) for ticket in tickets]
+        assert engine.row_budget < 8
+        assert engine.stats().ended == {"finished": 4}
+    for seed, picture in enumerate(pictures):
+        assert abs(picture - np.asarray(_alone(booth, concepts[0], seed), int)).max() <= 1
+
+
+def test_rows_that_did_not_fit_into_memory_once_are_tried_again_later(
+    booth: Personalizer, concepts: list[Concept], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("instantbooth.engine.engine.STEPS_TO_RECOVER", 5)
+    full = Event()
+
+    def once(rows: int) -> None:
+        if rows > 2 and not full.is_set():
+            full.set()
+            raise torch.OutOfMemoryError("somebody else has the memory now")
+
+    with before(booth.base.unet, once), Engine(booth, EngineConfig(row_budget=8)) as engine:
+        tickets = [engine.submit(request(booth, concepts[0], num_inference_steps=LONG)) for _ in range(4)]
+        wait_until(full.is_set)
+        wait_until(lambda: engine.row_budget == 8)
+        assert not any(ticket.future.done() for ticket in tickets)
+        engine.close(drain=False)
+
+
+def test_decoding_does_not_hold_denoising_up_and_holds_new_requests_back(
+    booth: Personalizer, concepts: list[Concept]
+) -> None:
+    released, decoded = Event(), []
+
+    def wait(rows: int) -> None:
+        decoded.append(rows)
+        assert released.wait(20)
+
+    config = EngineConfig(row_budget=6, max_undecoded=2, decode_batch=1)
+    with before(booth.base.vae.decoder, wait), Engine(booth, config) as engine:
+        long = engine.submit(request(booth, concepts[0], num_inference_steps=LONG))
+        first, unwanted = (engine.submit(request(booth, concepts[1], num_inference_steps=2)) for _ in range(2))
+        wait_until(lambda: engine.stats().undecoded == 2)
+        assert unwanted.cancel()
+        second = engine.submit(request(booth, concepts[1], num_inference_steps=2))
+        late = engine.submit(request(booth, concepts[1], num_inference_steps=2), deadline_s=0.01)
+        assert long.row is not None
+        reached = long.row.step
+        wait_until(lambda: long.row.step >= reached + 10)
+        assert second.row is None
+        assert not first.future.done()
+        long.cancel()
+        with pytest.raises(DeadlineError):
+            late.result(20)
+        released.set()
+        assert first.result(20)
+        assert second.result(20)
+        assert decoded == [1, 1]
+
+
+@pytest.mark.parametrize("part", ["unet", "decoder"])
+def test_a_lost_device_ends_the_engine_and_every_request(
+    booth: Personalizer, concepts: list[Concept], part: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def lose(rows: int) -> None:
+        raise torch.AcceleratorError("an illegal memory access at 0xsecret")
+
+    module = booth.base.unet if part == "unet" else booth.base.vae.decoder
+    with before(module, lose), Engine(booth, EngineConfig(row_budget=2, max_undecoded=1)) as engine:
+        tickets = [engine.submit(request(booth, concepts[0], seed=seed)) for seed in range(4)]
+        for ticket in tickets:
+            with pytest.raises(EngineError, match=r"^the engine broke down; start another$"):
+                ticket.result(20)
+        wait_until(lambda: not engine.alive)
+        with pytest.raises(EngineError, match="closed"):
+            engine.submit(request(booth, concepts[0]))
+    assert "0xsecret" in caplog.text
 
 
 @pytest.mark.parametrize("fault", [{"row_budget": 0}, {"max_requests": 0}, {"buckets": (4, 2)}, {"buckets": (0, 2)}])

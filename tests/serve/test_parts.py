@@ -5,24 +5,36 @@ from __future__ import annotations
 import asyncio
 import pickle
 import time
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import ValidationError
+from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID
+from ray.serve.exceptions import BackPressureError
 
-from instantbooth.errors import DeadlineError, ImageError, OverloadedError, PromptError, StorageError
+from instantbooth.errors import (
+    DeadlineError,
+    EngineError,
+    ImageError,
+    OverloadedError,
+    PictureError,
+    PromptError,
+    StorageError,
+)
 from instantbooth.storage import FileStore
+from serve.app import CALLS_BESIDE
 from serve.config import ServeConfig
 from serve.errors import ApiError, of_exception
-from serve.fetch import fetch
 from serve.keys import Keyring, check_local, new_key
 from serve.limits import Gate
-from serve.messages import Work
 from serve.pictures import PictureStore
 from serve.records import Expiring, Records, new_id
 from serve.scaling import ConceptRouter, QueuedWorkPolicy
+from tests.serve.works import a_work
 
 
 def test_a_key_names_its_tenant_and_no_other_text_does() -> None:
@@ -69,7 +81,10 @@ def test_a_full_gate_says_when_to_come_back() -> None:
         (ImageError("image 1 is damaged"), 422),
         (PromptError("prompt 'x' names no subject"), 422),
         (OverloadedError("full"), 429),
+        (BackPressureError(3, 2), 429),
         (DeadlineError("late"), 504),
+        (PictureError("not finite"), 500),
+        (EngineError("the engine broke down: secret"), 503),
         (TimeoutError(), 504),
         (StorageError("cannot read s3://secret/place"), 503),
         (KeyError("/root/secret"), 500),
@@ -92,16 +107,23 @@ def test_replicas_follow_the_work_and_not_the_number_of_requests() -> None:
     assert [wanted(), wanted(0, 0), wanted(60, 40), wanted(60, 41), wanted(1000)] == [1, 1, 1, 2, 10]
 
 
+def a_router(replicas: int) -> tuple[ConceptRouter, list[Any]]:
+    """A router, and that many replicas by their ids."""
+    deployment = DeploymentID("DiffusionEngine")
+    router = ConceptRouter(deployment, DeploymentHandleSource.REPLICA, use_replica_queue_len_cache=True)
+    return router, [SimpleNamespace(replica_id=ReplicaID(f"r{n}", deployment)) for n in range(replicas)]
+
+
+def ranks(router: ConceptRouter, concept: str | None, among: list[Any]) -> list[list[Any]]:
+    """Where the router would send a call with this concept, in order."""
+    return asyncio.run(router.choose_replicas(among, SimpleNamespace(args=[a_work(concept_id=concept)])))
+
+
 def test_a_concept_keeps_its_replica_while_others_come_and_go() -> None:
-    replicas = [SimpleNamespace(replica_id=SimpleNamespace(unique_id=f"r{n}")) for n in range(5)]
+    router, replicas = a_router(5)
 
     def preferred(concept: str | None, among: list[Any]) -> Any:
-        work = Work(
-            prompt="", tenant="ada", concept_id=concept, seed=0, n=1, width=None, height=None, parameters={},
-            output_format="png", quality=95,
-        )  # fmt: skip
-        ranks = ConceptRouter.choose_replicas(None, among, SimpleNamespace(args=[work]))
-        return asyncio.run(ranks)
+        return ranks(router, concept, among)
 
     concepts = [f"concept_{n}" for n in range(40)]
     before = {concept: preferred(concept, replicas)[0][0] for concept in concepts}
@@ -110,6 +132,27 @@ def test_a_concept_keeps_its_replica_while_others_come_and_go() -> None:
     after = {concept: preferred(concept, [each for each in replicas if each is not gone])[0][0] for concept in concepts}
     assert all(after[concept] is before[concept] for concept in concepts if before[concept] is not gone)
     assert preferred(None, replicas) == [replicas]
+
+
+def test_a_concept_that_everybody_asks_for_takes_every_replica() -> None:
+    router, replicas = a_router(4)
+    sent = Counter()
+    for _ in range(100):
+        chosen = ranks(router, "concept_1", replicas)[0][0].replica_id
+        router.on_send_request(chosen)
+        sent[chosen] += 1
+    assert len(sent) == 4
+    assert max(sent.values()) <= 1 + 1.25 * 101 / 4 + 1
+    for replica in sent:
+        for _ in range(sent[replica]):
+            router.decrement_queue_len_cache(replica)
+    assert ranks(router, "concept_1", replicas)[0][0].replica_id == next(iter(sent))
+
+
+def test_on_a_cluster_too_a_full_replica_refuses_at_once() -> None:
+    settings = yaml.safe_load((Path(__file__).parents[2] / "infra/serve.yaml").read_text())["applications"][0]
+    diffusion = next(each for each in settings["deployments"] if each["name"] == "DiffusionEngine")
+    assert diffusion["max_ongoing_requests"] == settings["args"]["max_requests"] + CALLS_BESIDE
 
 
 def test_a_signed_path_ends_and_cannot_be_made_up(tmp_path: Path) -> None:
@@ -146,18 +189,3 @@ def test_records_are_pages_of_their_tenant_and_claimed_once(tmp_path: Path) -> N
         with pytest.raises(ApiError, match="no thing"):
             records.get("ada", wrong)
     assert records.add("ada", Expiring(id=f"thing_{9:024x}", expires_at=later))
-
-
-@pytest.mark.parametrize(
-    "url",
-    [
-        "http://photos.example/a",
-        "https://elsewhere.example/a",
-        "https://me@photos.example/a",
-        "file:///etc/passwd",
-        "https://[::1/",
-    ],
-)
-def test_only_named_hosts_are_asked_for_pictures(url: str) -> None:
-    with pytest.raises(ApiError, match="image_url"):
-        fetch(url, ["photos.example"], 100)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
 from queue import Empty, PriorityQueue
@@ -13,7 +15,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from instantbooth.errors import EngineError
 from instantbooth.model.base import BaseModel
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(order=True)
@@ -24,6 +29,7 @@ class _Job:
     deliver: Callable[[Image.Image], None] = field(compare=False, default=lambda picture: None)
     fail: Callable[[Exception], None] = field(compare=False, default=lambda error: None)
     charge: Callable[[float], None] = field(compare=False, default=lambda seconds: None)
+    given_up: Callable[[], Exception | None] = field(compare=False, default=lambda: None)
 
 
 _PICTURE, _PREVIEW, _STOP = 0, 1, 2
@@ -39,8 +45,14 @@ class Decoder:
         self._number = count()
         self._pending = {_PICTURE: 0, _PREVIEW: 0}
         self._lock = Lock()
+        self._broken = False
         self._thread = Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether it decodes what is put: false once it is closed or broke down."""
+        return self._thread.is_alive() and not self._broken
 
     @property
     def backlog(self) -> int:
@@ -53,13 +65,20 @@ class Decoder:
         deliver: Callable[[Image.Image], None],
         fail: Callable[[Exception], None],
         charge: Callable[[float], None],
+        given_up: Callable[[], Exception | None],
     ) -> None:
         """Decodes scaled latents [C, H, W] as soon as those before them are done; then calls `deliver` or `fail`.
 
-        `charge` is told the seconds first.
+        `charge` is told the seconds first. `given_up` is asked before: where it has a reason not to decode, that is
+        what `fail` is called with.
         """
-        self._count(_PICTURE, 1)
-        self._jobs.put(_Job(_PICTURE, next(self._number), latents, deliver, fail, charge))
+        job = _Job(_PICTURE, next(self._number), latents, deliver, fail, charge, given_up)
+        with self._lock:
+            self._pending[_PICTURE] += 1
+            self._jobs.put(job)
+            broken = self._broken
+        if broken:
+            self._fail_all([])
 
     def put_preview(self, latents: Tensor, deliver: Callable[[Image.Image], None]) -> None:
         """The same for a preview, which is left out where the thread has other work."""
@@ -78,8 +97,33 @@ class Decoder:
 
     def _run(self) -> None:
         with torch.cuda.stream(_stream(self._base.device)):
-            while (batch := self._next_batch())[0].latents is not None:
-                self._decode(batch)
+            while self._decode_next():
+                pass
+
+    def _decode_next(self) -> bool:
+        """False where nothing more is to come. Holds no job beyond itself: an idle thread keeps nobody's picture."""
+        batch = self._next_batch()
+        if batch[0].latents is None:
+            return False
+        try:
+            if wanted := [job for job in batch if self._is_wanted(job)]:
+                self._decode(wanted)
+        except BaseException:
+            # A lost device or a listener's defect: nobody shall wait for a thread that is gone.
+            logger.exception("the decoder broke down")
+            with self._lock:
+                self._broken = True
+            self._fail_all(batch)
+            return False
+        return True
+
+    def _fail_all(self, jobs: list[_Job]) -> None:
+        """These and whatever waits."""
+        with suppress(Empty):
+            while True:
+                jobs.append(self._jobs.get_nowait())
+        for job in jobs:
+            job.fail(EngineError("the engine broke down; start another"))
 
     def _next_batch(self) -> list[_Job]:
         """The next job, and those behind it with latents of the same shape."""
@@ -95,10 +139,19 @@ class Decoder:
             batch.append(job)
         return batch
 
+    def _is_wanted(self, job: _Job) -> bool:
+        reason = job.given_up()
+        if reason is not None:
+            self._count(job.priority, -1)
+            job.fail(reason)
+        return reason is None
+
     def _decode(self, batch: list[_Job]) -> None:
         started = time.perf_counter()
         try:
             pictures = self._base.decode(torch.stack([job.latents for job in batch if job.latents is not None]))
+        except torch.AcceleratorError:
+            raise
         except Exception as error:
             if len(batch) > 1:
                 for job in batch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -22,10 +23,15 @@ from instantbooth.engine.decoder import Decoder
 from instantbooth.engine.knee import knee, measure_steps, wait_for
 from instantbooth.engine.scheduler import Scheduler, Size
 from instantbooth.engine.ticket import Progress, Ticket
-from instantbooth.errors import DeadlineError, EngineError, OverloadedError, ParameterError
+from instantbooth.errors import DeadlineError, EngineError, OverloadedError, ParameterError, PictureError
 from instantbooth.model.conditioning import reference_tokens
 from instantbooth.model.denoise import BatchShape, Row, RowBatch
 from instantbooth.model.personalizer import Request
+
+logger = logging.getLogger(__name__)
+
+STEPS_TO_RECOVER = 1000
+"""After so many steps for which memory sufficed, twice as many rows are tried again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,10 +111,13 @@ class Engine:
         self.config = config
         self.concepts = KeysValuesCache(booth, config.concept_cache_bytes)
         self.row_budget = config.row_budget or knee(measure_steps(booth, max_rows=config.max_row_budget))
-        """U-Net rows of the model's own size in a step; lowered where memory does not suffice."""
+        """U-Net rows of the model's own size in a step; lowered for a while where memory does not suffice."""
+        self._most_rows = self.row_budget
+        self._steps_that_fit = 0
         self._scheduler: Scheduler[Ticket] = Scheduler(self._budget, most=max(config.buckets, default=None))
         self._batch: RowBatch | None = None
         self._arrivals: list[Ticket] = []
+        self._forgotten: set[str] = set()
         self._wake = Condition()
         self._closing = False
         self._numbers = count()
@@ -139,7 +148,7 @@ class Engine:
             request, number=next(self._numbers), due=due, deadline=deadline, previews=previews, listener=listener
         )
         with self._wake:
-            if self._closing:
+            if self._closing or not self._decoder.alive:
                 raise EngineError("the engine is closed; start another")
             if (held := len(self._arrivals) + len(self._scheduler)) >= self.config.max_requests:
                 self._ended["refused"] += 1
@@ -150,8 +159,14 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        """Whether it denoises what is submitted: false once it is closed or broke down."""
-        return self._thread.is_alive() and not self._closing
+        """Whether it makes what is submitted: false once it is closed or one of its threads broke down."""
+        return self._thread.is_alive() and self._decoder.alive and not self._closing
+
+    def forget(self, concept_digest: str) -> None:
+        """Drops a deleted concept's keys and values: now, or with the last request that still needs them."""
+        with self._wake:
+            self._forgotten.add(concept_digest)
+            self._discard_forgotten()
 
     def stats(self) -> EngineStats:
         """A snapshot."""
@@ -192,12 +207,14 @@ class Engine:
         try:
             with _denoising_stream(self.booth.base.device):
                 while self._gather():
+                    if not self._decoder.alive:
+                        raise EngineError("the decoder is gone")
                     self._drop_ended()
                     self._step(self._scheduler.choose(self._may_step))
-        except BaseException as error:
-            # A defect of the engine itself: nobody shall wait for a thread that is gone.
-            self._fail_all(EngineError(f"the engine broke down: {error!r}"))
-            raise
+        except BaseException:
+            # A defect of the engine itself or a lost device: nobody shall wait for a thread that is gone.
+            logger.exception("the engine broke down")
+            self._fail_all(EngineError("the engine broke down; start another"))
 
     def _fail_all(self, error: EngineError) -> None:
         with self._wake:
@@ -206,24 +223,30 @@ class Engine:
                 ticket.fail(error)
 
     def _gather(self) -> bool:
-        """Lets arrivals in, and sleeps while nobody can step; False once closed and empty."""
+        """Lets arrivals in, and sleeps a while where nobody can step; False once closed and empty."""
         with self._wake:
-            while not (self._arrivals or self._closing or any(map(self._may_step, self._scheduler))):
+            self._discard_forgotten()
+            if not (self._arrivals or self._closing or any(map(self._may_step, self._scheduler))):
+                # The last batch is done: its keys and values shall not outlast the cache's.
+                self._batch = None
                 # The decoder does not wake this thread: look now and then whether it has caught up.
                 self._wake.wait(timeout=0.01 if len(self._scheduler) else None)
-            arrivals, self._arrivals = self._arrivals, []
-        for ticket in arrivals:
-            self._scheduler.add(ticket)
+            for ticket in self._arrivals:
+                self._scheduler.add(ticket)
+            self._arrivals = []
         return bool(len(self._scheduler)) or not self._closing
 
+    def _discard_forgotten(self) -> None:
+        needed = {ticket.request.concept.digest for ticket in [*self._scheduler, *self._arrivals]}
+        for digest in self._forgotten - needed:
+            self.concepts.discard(digest)
+        self._forgotten &= needed
+
     def _drop_ended(self) -> None:
-        now = time.monotonic()
         for ticket in self._scheduler:
-            if ticket.future.done():
-                self._ended["cancelled"] += 1
+            if (reason := ticket.given_up()) is not None:
                 self._scheduler.remove(ticket)
-            elif ticket.deadline is not None and now > ticket.deadline:
-                self._end(ticket, "expired", DeadlineError("the picture was not finished by its deadline"))
+                self._settle(ticket, reason)
 
     def _may_step(self, ticket: Ticket) -> bool:
         return ticket.row is not None or self._decoder.backlog < self.config.max_undecoded
@@ -236,7 +259,10 @@ class Engine:
         return min(most, max(1, self.row_budget * native**2 // (height * width)))
 
     def _step(self, tickets: Sequence[Ticket]) -> None:
-        """One step of these; where it fails, of each half, until the one at fault is alone and fails alone."""
+        """One step of these; where it fails, of each half, until the one at fault is alone and fails alone.
+
+        Raises torch.AcceleratorError: after one, no call to the device succeeds in this process.
+        """
         if not tickets:
             return
         started = time.perf_counter()
@@ -244,10 +270,13 @@ class Engine:
             batch = self._assemble(tickets)
             batch.step()
             wait_for(self.booth.base.device)
+        except torch.AcceleratorError:
+            raise
         except Exception as error:
             self._batch = None
             if isinstance(error, torch.OutOfMemoryError):
                 self.row_budget = max(1, self.row_budget // 2)
+                self._steps_that_fit = 0
             if len(tickets) == 1:
                 self._end(tickets[0], "failed", error)
                 return
@@ -255,6 +284,9 @@ class Engine:
             self._step(tickets[:half])
             self._step(tickets[half:])
             return
+        self._steps_that_fit += 1
+        if self._steps_that_fit % STEPS_TO_RECOVER == 0:
+            self.row_budget = min(self._most_rows, 2 * self.row_budget)
         seconds = time.perf_counter() - started
         self._scheduler.charge(tickets[0].size, seconds)
         rows = sum(ticket.unet_rows for ticket in tickets)
@@ -306,17 +338,17 @@ class Engine:
         if row.done:
             self._scheduler.remove(ticket)
             if not torch.isfinite(row.latents).all():
-                self._settle(ticket, EngineError("the picture is not finite: use weights or a precision that fit"))
+                self._settle(ticket, PictureError("the picture is not finite; use weights or a precision that fit"))
                 return
             settle = partial(self._settle, ticket)
-            self._decoder.put(row.latents, settle, settle, ticket.charge_decoding)
+            self._decoder.put(row.latents, settle, settle, ticket.charge_decoding, ticket.given_up)
         elif row.step in ticket.preview_steps and row.previous_x0 is not None:
             self._decoder.put_preview(row.previous_x0, partial(_show, ticket, progress))
 
     def _settle(self, ticket: Ticket, outcome: Image.Image | Exception) -> None:
         """Ends a request that needs no further step."""
         if isinstance(outcome, Exception):
-            settled, how = ticket.fail(outcome), "failed"
+            settled, how = ticket.fail(outcome), "expired" if isinstance(outcome, DeadlineError) else "failed"
         else:
             settled, how = ticket.deliver(outcome), "finished"
         self._ended[how if settled else "cancelled"] += 1

@@ -34,10 +34,10 @@ def measure_steps(
     rows = 1
     while rows <= max_rows and (not seconds or time.perf_counter() - started < patience_s):
         try:
-            _seconds_of_step(_batch(booth, rows, largest, steps=1))
+            seconds_of_step(_batch(booth, rows, largest, steps=1))
             batch = _batch(booth, rows, typical, steps=repeats + 1)
-            _seconds_of_step(batch)
-            seconds[rows] = min(_seconds_of_step(batch) for _ in range(repeats))
+            seconds_of_step(batch)
+            seconds[rows] = min(seconds_of_step(batch) for _ in range(repeats))
         except torch.OutOfMemoryError:
             break
         rows *= 2
@@ -51,7 +51,13 @@ def knee(seconds: Mapping[int, float]) -> int:
     return min(rows for rows, each in throughput.items() if each >= NEAR_BEST * best)
 
 
-def _seconds_of_step(batch: RowBatch) -> float:
+def typical_batch(booth: Personalizer, rows: int, *, steps: int) -> RowBatch:
+    """A batch of so many U-Net rows of the model's own size, as they are measured: of typical subjects."""
+    return _batch(booth, rows, _keys_values(booth, TYPICAL_REFERENCES), steps=steps)
+
+
+def seconds_of_step(batch: RowBatch) -> float:
+    """What the batch's next step takes, until the device has done it."""
     started = time.perf_counter()
     batch.step()
     wait_for(batch.unet.device)

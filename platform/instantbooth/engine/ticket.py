@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from queue import SimpleQueue
 from PIL import Image
 
 from instantbooth.engine.scheduler import Size
+from instantbooth.errors import DeadlineError, EngineError
 from instantbooth.model.denoise import Row
 from instantbooth.model.personalizer import Request
 
@@ -71,6 +73,14 @@ class Ticket:
         """U-Net rows still to compute."""
         taken = self.row.step if self.row else 0
         return self.unet_rows * (self.request.table.num_steps - taken)
+
+    def given_up(self) -> Exception | None:
+        """Why nothing more shall be done for it; None while it is wanted."""
+        if self.future.done():
+            return EngineError("the request has ended")
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            return DeadlineError("the picture was not finished by its deadline")
+        return None
 
     def charge_decoding(self, seconds: float) -> None:
         """Called by the decoder with the picture's share of its batch, before it is delivered."""

@@ -1,0 +1,105 @@
+"""Concepts in the store and in replicas: what is left of them once they are gone."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from instantbooth import Concept, Personalizer
+from instantbooth.errors import StorageError
+from instantbooth.storage import FileStore
+from serve.cache import ConceptCache
+from serve.concepts import ConceptStore
+from serve.config import ServeConfig
+from serve.diffusion import DiffusionEngine
+from serve.errors import ApiError
+from serve.messages import Step, Work
+from serve.records import new_id
+from tests.serve.works import a_work, stored
+from tests.tiny import portrait
+
+
+@pytest.fixture(scope="module")
+def concepts(booth: Personalizer) -> list[Concept]:
+    return [booth.encode([image], "person", [mask]) for image, mask in map(portrait, range(2))]
+
+
+def test_nothing_is_left_of_concepts_that_expired_or_that_a_crash_left(concepts: list[Concept], tmp_path: Path) -> None:
+    store = ConceptStore(FileStore(tmp_path))
+    kept, being_added = stored(store, concepts[0]), new_id("concept")
+    stored(store, concepts[1], ttl_s=0)
+    for orphan in (f"concept_{0:024x}", being_added):
+        store.store.put(store.records.key("ada", orphan, "safetensors"), b"tensors")
+    store.store.put("concepts/readme.txt", b"somebody's")
+    store.delete_expired()
+    assert set(store.store.list()) == {
+        f"concepts/ada/{kept}.json",
+        f"concepts/ada/{kept}.safetensors",
+        f"concepts/ada/{being_added}.safetensors",
+        "concepts/readme.txt",
+    }
+
+
+@pytest.mark.parametrize("suffix", ["json", "safetensors"])
+def test_a_deletion_that_failed_halfway_is_finished_by_the_next(
+    concepts: list[Concept], tmp_path: Path, suffix: str
+) -> None:
+    class FailsOnce(FileStore):
+        failed = False
+
+        def delete(self, key: str) -> None:
+            if key.endswith(suffix) and not self.failed:
+                self.failed = True
+                raise StorageError("the disk is gone")
+            super().delete(key)
+
+    store = ConceptStore(FailsOnce(tmp_path))
+    concept_id = stored(store, concepts[0])
+    with pytest.raises(StorageError):
+        store.delete("ada", concept_id)
+    store.delete("ada", concept_id)
+    assert list(store.store.list()) == []
+    with pytest.raises(ApiError, match="no concept"):
+        store.delete("ada", concept_id)
+
+
+def test_a_concept_that_is_pushed_out_leaves_the_caches_behind_too(concepts: list[Concept], tmp_path: Path) -> None:
+    store, forgotten = ConceptStore(FileStore(tmp_path)), []
+    cache = ConceptCache(store, forgotten.append, capacity=1)
+    first, second = (stored(store, concept) for concept in concepts)
+    assert cache.get("ada", first)[1] is False
+    assert cache.get("ada", first)[1] is True
+    cache.get("ada", second)
+    assert forgotten == [concepts[0].digest]
+    assert (cache.holds("ada", first), cache.holds("ada", second)) == (False, True)
+
+
+def test_keys_and_values_leave_the_replica_with_their_concept(
+    booth: Personalizer, concepts: list[Concept], tiny: Path, tmp_path: Path
+) -> None:
+    booth.save_weights(tmp_path / "weights")
+    model = {"base": str(tiny / "base"), "image_encoder": str(tiny / "clip"), "weights": str(tmp_path / "weights")}
+    stage = DiffusionEngine(ServeConfig(**model, store=str(tmp_path / "store"), row_budget=4))
+    cached = stage.engine.concepts
+    before, store = cached.bytes, stage.concepts.store
+
+    async def make(work: Work, *, delete: str | None = None) -> int:
+        """The bytes cached while it was made; the concept is deleted at its first step."""
+        async for event in stage.generate(work):
+            if isinstance(event, Step) and event.step == 1:
+                held = cached.bytes
+                if delete is not None:
+                    store.delete("ada", delete)
+                    await stage.forget("ada", delete)
+        return held
+
+    try:
+        assert asyncio.run(make(a_work(concept=concepts[0].to_bytes()))) > before
+        assert cached.bytes == before
+        concept_id = stored(store, concepts[1])
+        assert asyncio.run(make(a_work(concept_id=concept_id), delete=concept_id)) > before
+        assert cached.bytes == before
+    finally:
+        stage.engine.close()
