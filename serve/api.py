@@ -289,7 +289,7 @@ class Api:
     async def _generate_once(self, request: Request, body: GenerationBody, key: str) -> Response:
         deadline_s = body.deadline_s or self.config.deadline_s
         with self.gate.enter(body.n):
-            record = await self._submit(request.state.tenant, body, key)
+            record = await self._submit(request.state.tenant, body, key, waited_for=True)
             if body.stream:
                 return self._job_stream(request, record)
             record = await self._ask(lambda: self.jobs.wait.remote(request.state.tenant, record.id), deadline_s)
@@ -299,9 +299,11 @@ class Api:
             raise cancelled(record.id)
         return answer(await self._result(request, record))
 
-    async def _submit(self, tenant: str, body: GenerationBody, key: str | None) -> JobRecord:
+    async def _submit(
+        self, tenant: str, body: GenerationBody, key: str | None, *, waited_for: bool = False
+    ) -> JobRecord:
         job_id = new_id("job")
-        return await self._ask(lambda: self.jobs.submit.remote(tenant, body, job_id, key))
+        return await self._ask(lambda: self.jobs.submit.remote(tenant, body, job_id, key, waited_for))
 
     async def _record(self, request: Request, job_id: str) -> JobRecord:
         return await self._ask(lambda: self.jobs.get.remote(request.state.tenant, job_id))

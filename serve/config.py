@@ -54,9 +54,9 @@ class ServeConfig(BaseModel):
     max_pending_uploads: int = Field(default=16, ge=1)
     """Concepts that an ingress replica waits for."""
     jobs_at_once: int = Field(default=4, ge=1)
-    """Jobs denoised at a time."""
+    """Jobs denoised at a time that nobody waits for; their tenants take turns."""
     max_jobs: int = Field(default=200, ge=1)
-    """Unfinished jobs of a tenant."""
+    """Unfinished jobs of a tenant, and as many calls with an Idempotency-Key."""
 
     max_body_bytes: int = 64_000_000
     """Size of a request."""

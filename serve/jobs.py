@@ -25,6 +25,7 @@ from instantbooth.storage import open_store
 from serve.concepts import ConceptStore
 from serve.config import ServeConfig
 from serve.errors import ApiError, of_exception
+from serve.limits import Turns
 from serve.messages import Begun, Event, Picture, Step, Work
 from serve.metrics import Snapshot, StageMetrics
 from serve.pictures import PictureStore
@@ -59,6 +60,10 @@ class JobRecord(Expiring):
     created_at: int
     body: GenerationBody
     seed: int
+    waited_for: bool = False
+    """Whether somebody waits for the answer, with an idempotency key."""
+    due_at: float | None = None
+    """When it has failed unless it has ended, in Unix seconds."""
     begun: Begun | None = None
     pictures: list[JobPicture] = Field(default_factory=list)
     error: ErrorObject | None = None
@@ -72,6 +77,11 @@ class JobRecord(Expiring):
     def finished(self) -> bool:
         """Whether it has ended, one way or another."""
         return self.status in FINISHED
+
+    @property
+    def left_s(self) -> float | None:
+        """Seconds until its deadline; None where it has none."""
+        return None if self.due_at is None else self.due_at - time.time()
 
 
 class Claim(Expiring):
@@ -124,22 +134,26 @@ class JobRunner:
         self.concepts = ConceptStore(store)
         self.metrics = StageMetrics("job")
         self._running: dict[str, _Running] = {}
-        self._places = asyncio.Semaphore(config.jobs_at_once)
+        self._turns = {False: Turns(config.jobs_at_once), True: Turns(config.max_pending_images)}
+        """By whether somebody waits."""
         self._recovered: asyncio.Task[None] | None = None
         self._accepting = asyncio.Lock()
 
-    async def submit(self, tenant: str, body: GenerationBody, job_id: str, key: str | None = None) -> JobRecord:
+    async def submit(
+        self, tenant: str, body: GenerationBody, job_id: str, key: str | None = None, waited_for: bool = False
+    ) -> JobRecord:
         """Accepts a job under a new id, or finds the one that has the id, or the one that the key stands for.
 
-        ApiError 409 where that one had another body, 429 where the tenant has too many unfinished ones.
+        Its deadline counts from here; one that nobody waits for has none unless the body names it. ApiError 409 where
+        the found one had another body, 429 where the tenant has too many unfinished ones.
         """
         await self._recover()
         async with self._accepting:
             if key is None:
-                return await self._find_or_accept(tenant, body, job_id)
+                return await self._find_or_accept(tenant, body, job_id, waited_for)
             claim = self._claim(tenant, body, job_id, key)
             if await asyncio.to_thread(self.claims.add, tenant, claim):
-                return await self._accept_or_release(tenant, body, claim)
+                return await self._accept_or_release(tenant, body, claim, waited_for)
             held = await asyncio.to_thread(self.claims.get, tenant, claim.id)
             if held.body_digest != claim.body_digest:
                 raise ApiError(
@@ -148,7 +162,7 @@ class JobRunner:
                     "this Idempotency-Key was used with another body; use a new key for a new request",
                 )
             # There is no job where a replica was killed between the two.
-            return await self._find_or_accept(tenant, body, held.job_id)
+            return await self._find_or_accept(tenant, body, held.job_id, waited_for)
 
     async def get(self, tenant: str, job_id: str) -> JobRecord:
         """A job as it is now. ApiError 404 where there is none."""
@@ -220,11 +234,11 @@ class JobRunner:
                 self._start(tenant, record.model_copy(update={"status": "queued", "step": 0}))
         self._cleaner = asyncio.ensure_future(self._clean_up())
 
-    async def _find_or_accept(self, tenant: str, body: GenerationBody, job_id: str) -> JobRecord:
+    async def _find_or_accept(self, tenant: str, body: GenerationBody, job_id: str, waited_for: bool) -> JobRecord:
         try:
             return await self.get(tenant, job_id)
         except ApiError:
-            return await self._accept(tenant, body, job_id)
+            return await self._accept(tenant, body, job_id, waited_for)
 
     def _claim(self, tenant: str, body: GenerationBody, job_id: str, key: str) -> Claim:
         return Claim(
@@ -234,24 +248,29 @@ class JobRunner:
             body_digest=sha256(body.model_dump_json().encode()).hexdigest(),
         )
 
-    async def _accept_or_release(self, tenant: str, body: GenerationBody, claim: Claim) -> JobRecord:
+    async def _accept_or_release(self, tenant: str, body: GenerationBody, claim: Claim, waited_for: bool) -> JobRecord:
         try:
-            return await self._accept(tenant, body, claim.job_id)
+            return await self._accept(tenant, body, claim.job_id, waited_for)
         except BaseException:
             await asyncio.to_thread(self.claims.delete, tenant, claim.id)
             raise
 
-    async def _accept(self, tenant: str, body: GenerationBody, job_id: str) -> JobRecord:
-        unfinished = sum(running.tenant == tenant for running in self._running.values())
+    async def _accept(self, tenant: str, body: GenerationBody, job_id: str, waited_for: bool) -> JobRecord:
+        unfinished = sum(
+            running.tenant == tenant and running.record.waited_for == waited_for for running in self._running.values()
+        )
         if unfinished >= self.config.max_jobs:
             raise ApiError(429, "too_many_jobs", f"{unfinished} jobs are unfinished, the limit; wait for some to end")
-        now = int(time.time())
+        now = time.time()
+        deadline_s = body.deadline_s or (self.config.deadline_s if waited_for else None)
         record = JobRecord(
             id=job_id,
-            created_at=now,
-            expires_at=now + self.config.job_ttl_s,
+            created_at=int(now),
+            expires_at=int(now) + self.config.job_ttl_s,
             body=body,
             seed=secrets.randbelow(2**31) if body.seed is None else body.seed,
+            waited_for=waited_for,
+            due_at=None if deadline_s is None else now + deadline_s,
         )
         await asyncio.to_thread(self.records.put, tenant, record)
         self._start(tenant, record)
@@ -269,7 +288,7 @@ class JobRunner:
     async def _run(self, running: _Running) -> None:
         record = running.record
         try:
-            async with self._places:
+            async with asyncio.timeout(record.left_s), self._turns[record.waited_for].enter(running.tenant):
                 record.status = "running"
                 running.tell()
                 with self.metrics.timed():
@@ -287,9 +306,7 @@ class JobRunner:
         while True:
             try:
                 async for event in self.stages.generate(
-                    Work.of(
-                        running.tenant, record.body, seed=record.seed, deadline_s=record.body.deadline_s, progress=True
-                    )
+                    Work.of(running.tenant, record.body, seed=record.seed, deadline_s=record.left_s, progress=True)
                 ):
                     await self._take(running, event)
                 return

@@ -1,0 +1,173 @@
+"""Jobs by themselves: who waits for whom, and what becomes of those that fail, hang, or lose their client.
+
+The stage that makes pictures is scripted, in the place of Serve's handle; the store and all else is real.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serve.config import ServeConfig
+from serve.errors import ApiError
+from serve.jobs import JobRecord, JobRunner
+from serve.limits import Turns
+from serve.messages import Begun, Event, Picture, Step, Work
+from serve.records import new_id
+from serve.schemas import GenerationBody, Parameters
+
+STEPS = 3
+BEGUN = Begun(
+    parameters=Parameters(
+        adapter_scale=1,
+        concept_scale=1,
+        num_inference_steps=STEPS,
+        guidance_scale=1,
+        negative_prompt="",
+        sampler="ddim",
+    ),
+    prompt="a photo of a sks person",
+    size="32x32",
+    weights="",
+    concept_digest="",
+    cache_hit=False,
+)
+Script = Callable[[Work], AsyncIterator[Event]]
+
+
+class Diffusion:
+    """Serve's handle of the second stage: its calls run the scripts, the last one again and again."""
+
+    def __init__(self, *scripts: Script) -> None:
+        self.scripts = list(scripts)
+        self.works: list[Work] = []
+
+    def options(self, *, stream: bool) -> Diffusion:
+        return self
+
+    @property
+    def generate(self) -> Diffusion:
+        return self
+
+    def remote(self, work: Work) -> _Answer:
+        self.works.append(work)
+        script = self.scripts.pop(0) if len(self.scripts) > 1 else self.scripts[0]
+        return _Answer(script(work))
+
+
+class _Answer:
+    def __init__(self, events: AsyncIterator[Event]) -> None:
+        self.events = events
+
+    def __anext__(self) -> Any:
+        return anext(self.events)
+
+    def cancel(self) -> None:
+        pass
+
+
+async def denoised(work: Work, steps: int = STEPS) -> AsyncIterator[Event]:
+    """Everything goes well for so many steps."""
+    yield BEGUN
+    for step in range(1, steps + 1):
+        yield Step(image_index=0, step=step, steps=STEPS)
+    if steps == STEPS:
+        yield Picture(image_index=0, seed=work.seed, data=b"picture", queue_s=0, generate_s=0)
+
+
+async def endless(work: Work) -> AsyncIterator[Event]:
+    yield BEGUN
+    await asyncio.Event().wait()
+
+
+def wanted(**changes: Any) -> GenerationBody:
+    return GenerationBody(prompt="a {subject}", concept=new_id("concept"), **changes)
+
+
+@pytest.fixture
+def runner(tmp_path: Path) -> Callable[..., JobRunner]:
+    """A replica with the scripts as its second stage; another one finds what the former left."""
+
+    def make(*scripts: Script, **settings: Any) -> JobRunner:
+        return JobRunner(ServeConfig(store=str(tmp_path), **settings), None, Diffusion(*scripts))
+
+    return make
+
+
+async def submitted(jobs: JobRunner, tenant: str = "ada", key: str | None = None, **changes: Any) -> JobRecord:
+    return await jobs.submit(tenant, wanted(**changes), new_id("job"), key, waited_for=key is not None)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+def test_tenants_take_turns_however_much_one_of_them_wants() -> None:
+    async def run() -> list[str]:
+        turns, served = Turns(1), []
+
+        async def work(tenant: str) -> None:
+            async with turns.enter(tenant):
+                await asyncio.sleep(0)
+                served.append(tenant)
+
+        first = [asyncio.ensure_future(work("ada")) for _ in range(5)]
+        left = asyncio.ensure_future(work("eve"))
+        rest = [asyncio.ensure_future(work("bob")) for _ in range(2)]
+        await asyncio.sleep(0)
+        left.cancel()
+        await asyncio.gather(*first, *rest)
+        async with asyncio.timeout(1), turns.enter("ada"):
+            return served
+
+    assert asyncio.run(run()) == ["ada", "ada", "bob", "ada", "bob", "ada", "ada"]
+
+
+def test_who_waits_for_an_answer_does_not_wait_for_a_strangers_jobs(runner: Callable[..., JobRunner]) -> None:
+    async def run() -> None:
+        jobs = runner(endless, jobs_at_once=2)
+        batch = [await submitted(jobs) for _ in range(5)]
+        asked = await submitted(jobs, "bob", key="k")
+        await until(lambda: asked.status == "running")
+        assert [job.status for job in batch] == ["running", "running", "queued", "queued", "queued"]
+        # A replica that starts anew knows who was waited for.
+        again = runner(endless, jobs_at_once=2)
+        await again.check_health()
+        recovered = await again.get("bob", asked.id)
+        await until(lambda: recovered.status == "running")
+
+    asyncio.run(run())
+
+
+def test_only_a_call_that_is_waited_for_has_a_deadline_of_its_own_accord(runner: Callable[..., JobRunner]) -> None:
+    async def run() -> None:
+        jobs = runner(denoised, deadline_s=7)
+        for each in (await submitted(jobs), await submitted(jobs, key="k"), await submitted(jobs, deadline_s=300)):
+            await jobs.wait("ada", each.id)
+        left = [work.deadline_s for work in jobs.stages.diffusion.works]
+        assert left[0] is None
+        assert left[1:] == pytest.approx([7, 300], abs=1)
+
+    asyncio.run(run())
+
+
+def test_a_tenant_has_so_many_unfinished_jobs_and_no_more(runner: Callable[..., JobRunner]) -> None:
+    async def run() -> None:
+        jobs = runner(endless, max_jobs=2)
+        first, _ = await submitted(jobs), await submitted(jobs)
+        with pytest.raises(ApiError, match="2 jobs are unfinished") as refused:
+            await submitted(jobs)
+        assert (refused.value.status, refused.value.code) == (429, "too_many_jobs")
+        assert refused.value.headers["Retry-After"]
+        await submitted(jobs, "bob")
+        await submitted(jobs, key="waits for its own answer")
+        await jobs.cancel("ada", first.id)
+        await submitted(jobs)
+
+    asyncio.run(run())
