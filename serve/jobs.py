@@ -13,7 +13,9 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
+from functools import partial
 from hashlib import sha256
 from typing import Literal
 
@@ -37,6 +39,8 @@ logger = logging.getLogger("ray.serve")
 
 RETRIED = (429, 503)
 """Answers of a stage that may be another the next time."""
+MAX_FAILURES = 5
+"""So often is a job begun that fails with one of them; before it is begun it may be refused as often as it takes."""
 RETRY_S = 1.0
 CLEAN_UP_S = 60.0
 FINISHED = ("succeeded", "failed", "cancelled")
@@ -98,6 +102,8 @@ class _Running:
         self.tenant = tenant
         self.record = record
         self.events: list[Event] = []
+        self.steps: set[tuple[int, int, bool]] = set()
+        """Picture, step and whether it was a preview, of every Step among them."""
         self.task: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
 
@@ -286,48 +292,61 @@ class JobRunner:
         return running if running is not None and running.tenant == tenant else None
 
     async def _run(self, running: _Running) -> None:
-        record = running.record
+        record, failure = running.record, None
         try:
             async with asyncio.timeout(record.left_s), self._turns[record.waited_for].enter(running.tenant):
                 record.status = "running"
                 running.tell()
                 with self.metrics.timed():
                     await self._generate(running)
-            record.status = "succeeded"
         except Exception as error:
-            answer = of_exception(error)
-            if answer.status == 500:
+            failure = of_exception(error)
+            if failure.status == 500:
                 logger.exception("job %s failed", record.id)
-            record.status, record.error, record.error_status = "failed", answer.body.error, answer.status
+        if record.finished:
+            # It was cancelled, and what tells so may not reach here as CancelledError.
+            return
+        if failure is None:
+            record.status = "succeeded"
+        else:
+            record.status, record.error, record.error_status = "failed", failure.body.error, failure.status
         await self._end(running)
 
     async def _generate(self, running: _Running) -> None:
-        record = running.record
+        record, failures = running.record, 0
         while True:
+            begun = False
+            work = Work.of(running.tenant, record.body, seed=record.seed, deadline_s=record.left_s, progress=True)
             try:
-                async for event in self.stages.generate(
-                    Work.of(running.tenant, record.body, seed=record.seed, deadline_s=record.left_s, progress=True)
-                ):
-                    await self._take(running, event)
+                async with aclosing(self.stages.generate(work)) as events:
+                    async for event in events:
+                        begun = True
+                        await self._take(running, event)
                 return
             except Exception as error:
-                if of_exception(error).status not in RETRIED:
+                failures += begun
+                if of_exception(error).status not in RETRIED or failures == MAX_FAILURES:
                     raise
                 await asyncio.sleep(RETRY_S)
 
     async def _take(self, running: _Running, event: Event) -> None:
+        """Keeps what is new: whatever is begun again tells the same once more."""
         record = running.record
         if isinstance(event, Begun):
             if record.begun is not None:
                 return
             record.begun, record.steps = event, event.parameters.num_inference_steps * record.body.n
         elif isinstance(event, Step):
+            step = (event.image_index, event.step, event.preview is not None)
+            if step in running.steps:
+                return
+            running.steps.add(step)
             record.step += event.preview is None
         elif any(event.image_index == each.image_index for each in record.pictures):
             return
         else:
             name = f"{record.id}-{event.image_index}.{record.body.output_format}"
-            await asyncio.to_thread(self.pictures.put, running.tenant, name, event.data)
+            await self._stored(running, partial(self.pictures.put, running.tenant, name, event.data))
             known = {"image_index": event.image_index, "seed": event.seed, "name": name}
             record.pictures.append(JobPicture(**known, queue_s=event.queue_s, generate_s=event.generate_s))
         running.tell(event)
@@ -336,15 +355,15 @@ class JobRunner:
         record = running.record
         record.seconds = time.time() - record.created_at
         record.pictures.sort(key=lambda each: each.image_index)
-        await self._keep(running)
+        await self._stored(running, partial(self.records.put, running.tenant, record))
         self._running.pop(record.id, None)
         running.tell()
 
-    async def _keep(self, running: _Running) -> None:
-        """Writes a job's end, however long the store takes to come back: until then the job is not over."""
+    async def _stored(self, running: _Running, write: Callable[[], None]) -> None:
+        """Writes, however long the store takes to come back: until then the job is not over."""
         while True:
             try:
-                return await asyncio.to_thread(self.records.put, running.tenant, running.record)
+                return await asyncio.to_thread(write)
             except StorageError as error:
                 logger.warning("job %s cannot be written now: %s", running.record.id, error)
                 await asyncio.sleep(RETRY_S)

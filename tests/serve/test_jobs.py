@@ -6,15 +6,17 @@ The stage that makes pictures is scripted, in the place of Serve's handle; the s
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from instantbooth.errors import EngineError, OverloadedError
 from serve.config import ServeConfig
 from serve.errors import ApiError
-from serve.jobs import JobRecord, JobRunner
+from serve.jobs import MAX_FAILURES, JobRecord, JobRunner
 from serve.limits import Turns
 from serve.messages import Begun, Event, Picture, Step, Work
 from serve.records import new_id
@@ -169,5 +171,101 @@ def test_a_tenant_has_so_many_unfinished_jobs_and_no_more(runner: Callable[..., 
         await submitted(jobs, key="waits for its own answer")
         await jobs.cancel("ada", first.id)
         await submitted(jobs)
+
+    asyncio.run(run())
+
+
+def raising(error: Exception, steps: int) -> Script:
+    """The error, once so many steps are done; None of them means that the work is not begun."""
+
+    async def script(work: Work) -> AsyncIterator[Event]:
+        if steps:
+            async for event in denoised(work, steps):
+                yield event
+        raise error
+
+    return script
+
+
+def test_a_job_that_fails_whenever_it_is_begun_ends(
+    runner: Callable[..., JobRunner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve.jobs.RETRY_S", 0.001)
+
+    async def run() -> None:
+        jobs = runner(raising(EngineError("the picture is not finite"), 2))
+        job = await submitted(jobs)
+        events = [event async for event in followed(jobs, job)]
+        assert len(jobs.stages.diffusion.works) == MAX_FAILURES
+        assert (job.status, job.error_status, job.step) == ("failed", 503, 2)
+        assert [event.step for event in events if isinstance(event, Step)] == [1, 2], "each is told once"
+
+    asyncio.run(run())
+
+
+async def followed(jobs: JobRunner, job: JobRecord) -> AsyncIterator[Event]:
+    """A job's events until it ends, well or not."""
+    try:
+        async for event in jobs.events("ada", job.id):
+            yield event
+    except ApiError:
+        assert job.finished
+
+
+def test_a_job_outlasts_any_number_of_refusals_and_counts_its_steps_once(
+    runner: Callable[..., JobRunner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve.jobs.RETRY_S", 0.001)
+
+    async def run() -> None:
+        refused = [raising(OverloadedError("full"), 0)] * (3 * MAX_FAILURES)
+        jobs = runner(*refused, raising(EngineError("ended"), 2), denoised)
+        job = await submitted(jobs)
+        events = [event async for event in followed(jobs, job)]
+        assert (job.status, job.step, job.steps) == ("succeeded", STEPS, STEPS)
+        assert [type(event) for event in events] == [Begun, Step, Step, Step, Picture]
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("script", [endless, raising(OverloadedError("full"), 0), raising(EngineError("ended"), 1)])
+def test_a_job_has_one_deadline_however_often_it_is_begun(runner: Callable[..., JobRunner], script: Script) -> None:
+    async def run() -> None:
+        jobs = runner(script)
+        started = time.monotonic()
+        job = await jobs.wait("ada", (await submitted(jobs, deadline_s=0.2)).id)
+        assert time.monotonic() - started < 1
+        assert (job.status, job.error_status) == ("failed", 504)
+
+    asyncio.run(run())
+
+
+def test_a_job_that_waits_for_its_turn_is_due_all_the_same(runner: Callable[..., JobRunner]) -> None:
+    async def run() -> None:
+        jobs = runner(endless, jobs_at_once=1)
+        await submitted(jobs)
+        job = await jobs.wait("ada", (await submitted(jobs, deadline_s=0.1)).id)
+        assert (job.error_status, len(jobs.stages.diffusion.works)) == (504, 1)
+
+    asyncio.run(run())
+
+
+def test_a_cancelled_job_stays_cancelled_whatever_its_stage_says(runner: Callable[..., JobRunner]) -> None:
+    async def stubborn(work: Work) -> AsyncIterator[Event]:
+        yield BEGUN
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            raise EngineError("cancelled, in other words") from None
+
+    async def run() -> None:
+        jobs = runner(stubborn)
+        job = await submitted(jobs)
+        await until(lambda: job.begun is not None)
+        await jobs.cancel("ada", job.id)
+        await asyncio.sleep(0.05)
+        assert (await jobs.get("ada", job.id)).status == "cancelled"
+        with pytest.raises(ApiError, match="only an unfinished one can end"):
+            await jobs.cancel("ada", job.id)
 
     asyncio.run(run())
