@@ -13,11 +13,11 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import aclosing
 from functools import partial
 from hashlib import sha256
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 from ray.serve.handle import DeploymentHandle
@@ -144,6 +144,7 @@ class JobRunner:
         """By whether somebody waits."""
         self._recovered: asyncio.Task[None] | None = None
         self._accepting = asyncio.Lock()
+        self._kept: set[asyncio.Task[JobRecord]] = set()
 
     async def submit(
         self, tenant: str, body: GenerationBody, job_id: str, key: str | None = None, waited_for: bool = False
@@ -153,22 +154,7 @@ class JobRunner:
         Its deadline counts from here; one that nobody waits for has none unless the body names it. ApiError 409 where
         the found one had another body, 429 where the tenant has too many unfinished ones.
         """
-        await self._recover()
-        async with self._accepting:
-            if key is None:
-                return await self._find_or_accept(tenant, body, job_id, waited_for)
-            claim = self._claim(tenant, body, job_id, key)
-            if await asyncio.to_thread(self.claims.add, tenant, claim):
-                return await self._accept_or_release(tenant, body, claim, waited_for)
-            held = await asyncio.to_thread(self.claims.get, tenant, claim.id)
-            if held.body_digest != claim.body_digest:
-                raise ApiError(
-                    409,
-                    "idempotency_mismatch",
-                    "this Idempotency-Key was used with another body; use a new key for a new request",
-                )
-            # There is no job where a replica was killed between the two.
-            return await self._find_or_accept(tenant, body, held.job_id, waited_for)
+        return await self._whole(self._submit(tenant, body, job_id, key, waited_for))
 
     async def get(self, tenant: str, job_id: str) -> JobRecord:
         """A job as it is now. ApiError 404 where there is none."""
@@ -210,15 +196,7 @@ class JobRunner:
 
     async def cancel(self, tenant: str, job_id: str) -> JobRecord:
         """Ends a job; its rows leave the next step. ApiError 409 where it has ended already."""
-        await self._recover()
-        running = self._mine(tenant, job_id)
-        record = await self.get(tenant, job_id)
-        if running is None or running.task is None or record.finished:
-            raise ApiError(409, "job_finished", f"job {job_id} has {record.status}; only an unfinished one can end")
-        record.status = "cancelled"
-        running.task.cancel()
-        await self._end(running)
-        return record
+        return await self._whole(self._cancel(tenant, job_id))
 
     async def snapshot(self) -> Snapshot:
         """This replica's metrics."""
@@ -239,6 +217,44 @@ class JobRunner:
             if not record.finished and not record.expired:
                 self._start(tenant, record.model_copy(update={"status": "queued", "step": 0}))
         self._cleaner = asyncio.ensure_future(self._clean_up())
+
+    async def _whole(self, work: Coroutine[Any, Any, JobRecord]) -> JobRecord:
+        """Does work to its end though whoever asked for it has left: half of it would be a job that nobody runs."""
+        task = asyncio.ensure_future(work)
+        self._kept.add(task)
+        task.add_done_callback(self._kept.discard)
+        return await asyncio.shield(task)
+
+    async def _submit(
+        self, tenant: str, body: GenerationBody, job_id: str, key: str | None, waited_for: bool
+    ) -> JobRecord:
+        await self._recover()
+        async with self._accepting:
+            if key is None:
+                return await self._find_or_accept(tenant, body, job_id, waited_for)
+            claim = self._claim(tenant, body, job_id, key)
+            if await asyncio.to_thread(self.claims.add, tenant, claim):
+                return await self._accept_or_release(tenant, body, claim, waited_for)
+            held = await asyncio.to_thread(self.claims.get, tenant, claim.id)
+            if held.body_digest != claim.body_digest:
+                raise ApiError(
+                    409,
+                    "idempotency_mismatch",
+                    "this Idempotency-Key was used with another body; use a new key for a new request",
+                )
+            # There is no job where a replica was killed between the two.
+            return await self._find_or_accept(tenant, body, held.job_id, waited_for)
+
+    async def _cancel(self, tenant: str, job_id: str) -> JobRecord:
+        await self._recover()
+        running = self._mine(tenant, job_id)
+        record = await self.get(tenant, job_id)
+        if running is None or running.task is None or record.finished:
+            raise ApiError(409, "job_finished", f"job {job_id} has {record.status}; only an unfinished one can end")
+        record.status = "cancelled"
+        running.task.cancel()
+        await self._end(running)
+        return record
 
     async def _find_or_accept(self, tenant: str, body: GenerationBody, job_id: str, waited_for: bool) -> JobRecord:
         try:

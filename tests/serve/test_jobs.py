@@ -6,8 +6,9 @@ The stage that makes pictures is scripted, in the place of Serve's handle; the s
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -267,5 +268,46 @@ def test_a_cancelled_job_stays_cancelled_whatever_its_stage_says(runner: Callabl
         assert (await jobs.get("ada", job.id)).status == "cancelled"
         with pytest.raises(ApiError, match="only an unfinished one can end"):
             await jobs.cancel("ada", job.id)
+
+    asyncio.run(run())
+
+
+class Slow:
+    """A write that takes as long as the test likes."""
+
+    def __init__(self, write: Callable[..., None]) -> None:
+        self.write = write
+        self.writing, self.go_on = threading.Event(), threading.Event()
+
+    def __call__(self, *arguments: object) -> None:
+        self.writing.set()
+        assert self.go_on.wait(5)
+        self.write(*arguments)
+
+
+def test_a_client_that_leaves_while_its_job_is_written_leaves_no_half_of_it(
+    runner: Callable[..., JobRunner], tmp_path: Path
+) -> None:
+    async def leave(jobs: JobRunner, call: Coroutine[Any, Any, JobRecord]) -> None:
+        """Calls, and is gone while the record is written."""
+        write = jobs.records.put
+        jobs.records.put = slow = Slow(write)
+        task = asyncio.ensure_future(call)
+        assert await asyncio.to_thread(slow.writing.wait, 5)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        jobs.records.put = write
+        slow.go_on.set()
+
+    async def run() -> None:
+        jobs = runner(endless)
+        await leave(jobs, submitted(jobs))
+        await until(lambda: bool(jobs.stages.diffusion.works))
+        (job,), _ = await jobs.page("ada", 1, None)
+        assert job.status == "running"
+        await leave(jobs, jobs.cancel("ada", job.id))
+        await until(lambda: '"cancelled"' in (tmp_path / "jobs" / "ada" / f"{job.id}.json").read_text())
+        assert (await jobs.get("ada", job.id)).status == "cancelled"
 
     asyncio.run(run())
