@@ -67,7 +67,9 @@ class ServeConfig(BaseModel):
     image_hosts: list[str] = []
     """Hosts from which image_url may fetch; none unless named."""
     sweep_s: float = Field(default=5.0, gt=0)
-    """How often replicas look whether concepts they hold were deleted, and the expired is deleted."""
+    """How often diffusion replicas look whether concepts they hold were deleted."""
+    clean_up_s: float = Field(default=60.0, gt=0)
+    """How often what has expired is deleted from the store."""
 
     @field_validator("keys")
     @classmethod

@@ -5,6 +5,10 @@ says so; after a restart it goes on with whatever has no end yet. Seeds are draw
 is made again is the same.
 
 An idempotency key is a claim on a job: the first call with a key makes the job, every further one finds it.
+
+    jobs/<tenant>/<job id>.json      JobRecord, for job_ttl_s
+    opens/<tenant>/<job id>.json     there while the job has no end: what a restart reads, whatever the number of jobs
+    claims/<tenant>/<hash>.json      Claim, deleted with its job
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import aclosing
 from functools import partial
 from hashlib import sha256
@@ -42,7 +46,6 @@ RETRIED = (429, 503)
 MAX_FAILURES = 5
 """So often is a job begun that fails with one of them; before it is begun it may be refused as often as it takes."""
 RETRY_S = 1.0
-CLEAN_UP_S = 60.0
 FINISHED = ("succeeded", "failed", "cancelled")
 
 
@@ -68,6 +71,8 @@ class JobRecord(Expiring):
     """Whether somebody waits for the answer, with an idempotency key."""
     due_at: float | None = None
     """When it has failed unless it has ended, in Unix seconds."""
+    claim_id: str | None = None
+    """The claim that was made with it."""
     begun: Begun | None = None
     pictures: list[JobPicture] = Field(default_factory=list)
     error: ErrorObject | None = None
@@ -135,6 +140,7 @@ class JobRunner:
         self.config = config
         self.stages = Stages(encoder, diffusion)
         self.records = Records(store, "job", JobRecord)
+        self.open = Records(store, "open", Expiring)
         self.claims = Records(store, "claim", Claim)
         self.pictures = PictureStore(store, "")
         self.concepts = ConceptStore(store)
@@ -213,10 +219,18 @@ class JobRunner:
         await self._recover()
 
     async def _read_unfinished(self) -> None:
-        for tenant, record in await asyncio.to_thread(lambda: list(self.records.all())):
-            if not record.finished and not record.expired:
-                self._start(tenant, record.model_copy(update={"status": "queued", "step": 0}))
+        for tenant, record in await asyncio.to_thread(lambda: list(self._unfinished())):
+            self._start(tenant, record.model_copy(update={"status": "queued", "step": 0}))
         self._cleaner = asyncio.ensure_future(self._clean_up())
+
+    def _unfinished(self) -> Iterator[tuple[str, JobRecord]]:
+        for tenant, mark in self.open.all():
+            record = self.records.find(tenant, mark.id)
+            if record is None or record.finished:
+                # A replica was killed before it wrote the one, or after it wrote the other.
+                self.open.delete(tenant, mark.id)
+            else:
+                yield tenant, record
 
     async def _whole(self, work: Coroutine[Any, Any, JobRecord]) -> JobRecord:
         """Does work to its end though whoever asked for it has left: half of it would be a job that nobody runs."""
@@ -231,7 +245,7 @@ class JobRunner:
         await self._recover()
         async with self._accepting:
             if key is None:
-                return await self._find_or_accept(tenant, body, job_id, waited_for)
+                return await self._find_or_accept(tenant, body, job_id, waited_for, None)
             claim = self._claim(tenant, body, job_id, key)
             if await asyncio.to_thread(self.claims.add, tenant, claim):
                 return await self._accept_or_release(tenant, body, claim, waited_for)
@@ -243,7 +257,7 @@ class JobRunner:
                     "this Idempotency-Key was used with another body; use a new key for a new request",
                 )
             # There is no job where a replica was killed between the two.
-            return await self._find_or_accept(tenant, body, held.job_id, waited_for)
+            return await self._find_or_accept(tenant, body, held.job_id, waited_for, held.id)
 
     async def _cancel(self, tenant: str, job_id: str) -> JobRecord:
         await self._recover()
@@ -256,11 +270,13 @@ class JobRunner:
         await self._end(running)
         return record
 
-    async def _find_or_accept(self, tenant: str, body: GenerationBody, job_id: str, waited_for: bool) -> JobRecord:
+    async def _find_or_accept(
+        self, tenant: str, body: GenerationBody, job_id: str, waited_for: bool, claim_id: str | None
+    ) -> JobRecord:
         try:
             return await self.get(tenant, job_id)
         except ApiError:
-            return await self._accept(tenant, body, job_id, waited_for)
+            return await self._accept(tenant, body, job_id, waited_for, claim_id)
 
     def _claim(self, tenant: str, body: GenerationBody, job_id: str, key: str) -> Claim:
         return Claim(
@@ -272,12 +288,14 @@ class JobRunner:
 
     async def _accept_or_release(self, tenant: str, body: GenerationBody, claim: Claim, waited_for: bool) -> JobRecord:
         try:
-            return await self._accept(tenant, body, claim.job_id, waited_for)
+            return await self._accept(tenant, body, claim.job_id, waited_for, claim.id)
         except BaseException:
             await asyncio.to_thread(self.claims.delete, tenant, claim.id)
             raise
 
-    async def _accept(self, tenant: str, body: GenerationBody, job_id: str, waited_for: bool) -> JobRecord:
+    async def _accept(
+        self, tenant: str, body: GenerationBody, job_id: str, waited_for: bool, claim_id: str | None
+    ) -> JobRecord:
         unfinished = sum(
             running.tenant == tenant and running.record.waited_for == waited_for for running in self._running.values()
         )
@@ -293,7 +311,9 @@ class JobRunner:
             seed=secrets.randbelow(2**31) if body.seed is None else body.seed,
             waited_for=waited_for,
             due_at=None if deadline_s is None else now + deadline_s,
+            claim_id=claim_id,
         )
+        await asyncio.to_thread(self.open.put, tenant, Expiring(id=job_id, expires_at=record.expires_at))
         await asyncio.to_thread(self.records.put, tenant, record)
         self._start(tenant, record)
         return record
@@ -372,6 +392,7 @@ class JobRunner:
         record.seconds = time.time() - record.created_at
         record.pictures.sort(key=lambda each: each.image_index)
         await self._stored(running, partial(self.records.put, running.tenant, record))
+        await self._stored(running, partial(self.open.delete, running.tenant, record.id))
         self._running.pop(record.id, None)
         running.tell()
 
@@ -388,16 +409,22 @@ class JobRunner:
         """Deletes what has expired, again and again."""
         while True:
             try:
-                await asyncio.to_thread(self._delete_expired)
+                await asyncio.to_thread(self.concepts.delete_expired)
+                ended = await asyncio.to_thread(lambda: list(self.records.expired(self.config.job_ttl_s)))
+                async with self._accepting:
+                    await asyncio.to_thread(self._delete, ended)
+                ages = {"file": self.config.url_ttl_s, "job": self.config.job_ttl_s}
+                await asyncio.to_thread(self.pictures.delete_older, ages)
             except Exception as error:
                 logger.warning("the expired cannot be deleted now: %s", error)
-            await asyncio.sleep(CLEAN_UP_S)
+            await asyncio.sleep(self.config.clean_up_s)
 
-    def _delete_expired(self) -> None:
-        self.concepts.delete_expired()
-        for records in (self.records, self.claims):
-            records.delete_expired()
-        self.pictures.delete_older({"file": self.config.url_ttl_s, "job": self.config.job_ttl_s})
+    def _delete(self, ended: list[tuple[str, JobRecord]]) -> None:
+        for tenant, job in ended:
+            if job.claim_id is not None:
+                # Not where the key was used again since.
+                self.claims.delete_if_expired(tenant, job.claim_id)
+            self.records.delete(tenant, job.id)
 
 
 def cancelled(job_id: str) -> ApiError:

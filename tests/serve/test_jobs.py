@@ -311,3 +311,42 @@ def test_a_client_that_leaves_while_its_job_is_written_leaves_no_half_of_it(
         assert (await jobs.get("ada", job.id)).status == "cancelled"
 
     asyncio.run(run())
+
+
+def test_a_replica_that_starts_reads_what_is_unfinished_and_nothing_else(
+    runner: Callable[..., JobRunner], tmp_path: Path
+) -> None:
+    async def run() -> None:
+        jobs = runner(denoised)
+        for number in range(3):
+            await jobs.wait("ada", (await submitted(jobs, key=str(number))).id)
+        assert not [*tmp_path.glob("opens/ada/*")]
+        jobs = runner(endless)
+        job = await submitted(jobs)
+        again, read = runner(denoised), list[str]()
+        get = again.records._read
+        again.records._read = lambda key: read.append(key) or get(key)
+        assert (await again.wait("ada", job.id)).status == "succeeded"
+        assert set(read) == {f"jobs/ada/{job.id}.json"}
+
+    asyncio.run(run())
+
+
+def test_what_has_expired_is_deleted_and_a_key_used_again_is_not(
+    runner: Callable[..., JobRunner], tmp_path: Path
+) -> None:
+    async def run() -> None:
+        jobs = runner(denoised, job_ttl_s=2, clean_up_s=0.05)
+        first = await jobs.wait("ada", (await submitted(jobs, key="once")).id)
+        again = await submitted(jobs, key="again")
+        assert len([*tmp_path.glob("*/ada/*")]) >= 6
+        await until(lambda: not [*tmp_path.glob("*/ada/*")])
+        for job in (first, again):
+            with pytest.raises(ApiError, match="no job"):
+                await jobs.get("ada", job.id)
+        # The clean-up of a job finds its key claimed by a newer one.
+        old = await jobs.wait("ada", (await submitted(jobs, key="again")).id)
+        jobs._delete([("ada", old)])
+        assert [*tmp_path.glob("claims/ada/*")]
+
+    asyncio.run(run())
