@@ -25,7 +25,17 @@ from instantbooth.parameters import RANGES
 from instantbooth.prompts import CLASS_NOUNS
 from instantbooth.storage import open_store
 from serve.asgi import BodyLimit, Envelope, Errors, Keys, answer
-from serve.bodies import ConceptForm, EditForm, Files, form_of, idempotency_key, json_of, read_form, read_json
+from serve.bodies import (
+    MAX_JSON_BYTES,
+    ConceptForm,
+    EditForm,
+    Files,
+    form_of,
+    idempotency_key,
+    json_of,
+    read_form,
+    read_json,
+)
 from serve.calls import Call
 from serve.concepts import ConceptRecord, ConceptStore
 from serve.config import ServeConfig
@@ -451,6 +461,7 @@ def _model(config: ServeConfig, created: int, described: dict[str, Any]) -> Mode
         samplers=["ddim", "euler", "dpmsolver++"],
         limits=Limits(
             max_body_bytes=config.max_body_bytes,
+            max_json_bytes=MAX_JSON_BYTES,
             max_image_bytes=config.max_image_bytes,
             max_image_pixels=config.max_image_pixels,
             min_image_side=16,

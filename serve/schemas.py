@@ -303,6 +303,7 @@ class Limits(BaseModel):
     """What the server enforces."""
 
     max_body_bytes: int
+    max_json_bytes: int = Field(description="Of a body without files.")
     max_image_bytes: int
     max_image_pixels: int
     min_image_side: int

@@ -190,6 +190,8 @@ def test_every_route_knows_who_is_calling(server: Server, concept: str) -> None:
         (404, "GET", "/v1/models/gpt", {}),
         (405, "PUT", "/v1/concepts", {}),
         (413, "POST", "/v1/concepts", {"data": b"x" * 2_100_000}),
+        (413, "POST", "/v1/images/generations", {"json": {"prompt": "x" * 70_000}}),
+        (413, "POST", "/v1/images/jobs", {"json": {"prompt": "x" * 70_000}}),
         (413, "POST", "/v1/concepts", {"files": [("image", b"x" * 1_100_000)]}),
         (415, "POST", "/v1/images/generations", {"data": b"{}", "headers": {"Content-Type": "text/plain"}}),
         (415, "POST", "/v1/concepts", {"json": {}}),
