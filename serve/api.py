@@ -94,6 +94,7 @@ class Api:
         self.gate = Gate(config.max_pending_images, "pictures")
         self.uploads = Gate(config.max_pending_uploads, "uploads")
         self.metrics = StageMetrics("ingress")
+        self.errors = Errors(self.metrics.rejections)
         self.started = int(time.time())
         self._model: Model | None = None
         if self.keys.open:
@@ -262,7 +263,13 @@ class Api:
         return self._model
 
     async def _form(self, request: Request, model: type[Any]) -> tuple[Any, Files]:
-        return await read_form(request, model, max_files=MAX_REFERENCES, max_bytes=self.config.max_image_bytes)
+        limits = {"max_files": MAX_REFERENCES, "max_bytes": self.config.max_image_bytes}
+        try:
+            async with asyncio.timeout(self.config.upload_s):
+                return await read_form(request, model, **limits)
+        except TimeoutError:
+            message = f"the upload took more than {self.config.upload_s:g} s; send fewer or smaller files"
+            raise ApiError(408, "upload_timeout", message) from None
 
     async def _encoded(self, files: Files, class_noun: str) -> Encoded:
         fetched = [
@@ -347,11 +354,13 @@ class Api:
     def _live_call(self, request: Request, body: ImageParameters, **details: Any) -> Call:
         now = int(time.time())
         ends = now + self.config.url_ttl_s
-        return Call(self.pictures, request, body, call_id=new_id("file"), created=now, expires=ends, **details)
+        call_id = new_id("file")
+        return Call(self.pictures, self.errors, request, body, call_id=call_id, created=now, expires=ends, **details)
 
     def _job_call(self, request: Request, record: JobRecord) -> Call:
         return Call(
             self.pictures,
+            self.errors,
             request,
             record.body,
             concept_id=record.body.concept,
@@ -384,9 +393,7 @@ class _Route(APIRoute):
             except (HTTPException, RequestValidationError):
                 raise
             except Exception as error:
-                if (known := of_exception(error)).status == 500:
-                    logger.exception("%s %s failed", request.method, request.url.path)
-                raise known from None
+                raise of_exception(error) from error
 
         return handled
 
@@ -429,10 +436,9 @@ def build_app(api: Api) -> FastAPI:
     add_page(app)
     app.add_middleware(Keys, keys=api.keys)
     app.add_middleware(BodyLimit, max_bytes=api.config.max_body_bytes)
-    errors = Errors(api.metrics.rejections)
-    app.add_middleware(Envelope, errors=errors)
+    app.add_middleware(Envelope, errors=api.errors)
     for kind in (HTTPException, RequestValidationError, ApiError):
-        app.add_exception_handler(kind, errors.handle)
+        app.add_exception_handler(kind, api.errors.handle)
     return app
 
 

@@ -52,7 +52,9 @@ class ServeConfig(BaseModel):
     max_pending_images: int = Field(default=32, ge=1)
     """Pictures that an ingress replica waits for; beyond them the answer is 429."""
     max_pending_uploads: int = Field(default=16, ge=1)
-    """Concepts that an ingress replica waits for."""
+    """Uploads that an ingress replica waits for, and their encoding."""
+    upload_s: float = Field(default=60.0, gt=0)
+    """Seconds that the files of a call may take to arrive."""
     jobs_at_once: int = Field(default=4, ge=1)
     """Jobs denoised at a time that nobody waits for; their tenants take turns."""
     max_jobs: int = Field(default=200, ge=1)
