@@ -44,6 +44,11 @@ class Files:
     masks: tuple[bytes, ...] | None
     urls: tuple[str, ...]
 
+    @property
+    def contents(self) -> tuple[bytes, ...]:
+        """What tells them from others, in their order."""
+        return (*self.images, *(url.encode() for url in self.urls))
+
 
 async def read_json(request: Request, model: type[Body]) -> Body:
     """The body. ApiError 415 for another type, 413 for more than MAX_JSON_BYTES, 400 for text that is no JSON object,

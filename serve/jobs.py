@@ -6,9 +6,10 @@ is made again is the same.
 
 An idempotency key is a claim on a job: the first call with a key makes the job, every further one finds it.
 
-    jobs/<tenant>/<job id>.json      JobRecord, for job_ttl_s
-    opens/<tenant>/<job id>.json     there while the job has no end: what a restart reads, whatever the number of jobs
-    claims/<tenant>/<hash>.json      Claim, deleted with its job
+    jobs/<tenant>/<job id>.json         JobRecord, for job_ttl_s
+    jobs/<tenant>/<job id>.safetensors  an edit's concept, until the job has ended
+    opens/<tenant>/<job id>.json        there until then too: what a restart reads, whatever the number of jobs
+    claims/<tenant>/<hash>.json         Claim, deleted with its job
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from typing import Any, Literal
@@ -27,7 +29,8 @@ from pydantic import BaseModel, Field
 from ray.serve.handle import DeploymentHandle
 
 from instantbooth.errors import StorageError
-from instantbooth.storage import open_store
+from instantbooth.storage import open_store, patiently
+from serve.bodies import EditForm
 from serve.concepts import ConceptStore
 from serve.config import ServeConfig
 from serve.errors import ApiError, of_exception
@@ -36,7 +39,7 @@ from serve.messages import Begun, Event, Picture, Step, Work
 from serve.metrics import Snapshot, StageMetrics
 from serve.pictures import PictureStore
 from serve.records import Expiring, Records
-from serve.schemas import ErrorObject, GenerationBody
+from serve.schemas import ErrorObject, GenerationBody, ImageParameters
 from serve.stages import Stages
 
 logger = logging.getLogger("ray.serve")
@@ -65,8 +68,10 @@ class JobRecord(Expiring):
 
     status: Literal["queued", "running", "succeeded", "failed", "cancelled"] = "queued"
     created_at: int
-    body: GenerationBody
+    body: GenerationBody | EditForm
     seed: int
+    encode_s: float = 0.0
+    """What the concept of an edit took."""
     waited_for: bool = False
     """Whether somebody waits for the answer, with an idempotency key."""
     due_at: float | None = None
@@ -97,7 +102,39 @@ class Claim(Expiring):
     """An idempotency key, used."""
 
     job_id: str
-    body_digest: str
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Key:
+    """A client's Idempotency-Key, with what it stands for."""
+
+    id: str
+    """A claim's."""
+    digest: str
+    """SHA-256 of body and files."""
+
+    @classmethod
+    def of(cls, tenant: str, text: str, body: ImageParameters, files: Sequence[bytes] = ()) -> Key:
+        """The key that a tenant sent with a body."""
+        parts = [body.model_dump_json().encode(), *files]
+        return cls(
+            id=f"claim_{sha256(f'{tenant}/{text}'.encode()).hexdigest()[:24]}",
+            digest=sha256(b"".join(sha256(part).digest() for part in parts)).hexdigest(),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """What a job is to be made of."""
+
+    job_id: str
+    body: GenerationBody | EditForm
+    concept: bytes | None = None
+    """Of an edit, Concept.to_bytes(); kept until the job has ended."""
+    encode_s: float = 0.0
+    key: Key | None = None
+    waited_for: bool = False
 
 
 class _Running:
@@ -136,7 +173,7 @@ class JobRunner:
     """Accepts, runs and remembers jobs; there is one of it."""
 
     def __init__(self, config: ServeConfig, encoder: DeploymentHandle, diffusion: DeploymentHandle) -> None:
-        store = open_store(config.store)
+        self.store = store = open_store(config.store)
         self.config = config
         self.stages = Stages(encoder, diffusion)
         self.records = Records(store, "job", JobRecord)
@@ -152,15 +189,37 @@ class JobRunner:
         self._accepting = asyncio.Lock()
         self._kept: set[asyncio.Task[JobRecord]] = set()
 
-    async def submit(
-        self, tenant: str, body: GenerationBody, job_id: str, key: str | None = None, waited_for: bool = False
-    ) -> JobRecord:
+    async def submit(self, tenant: str, order: Order) -> JobRecord:
         """Accepts a job under a new id, or finds the one that has the id, or the one that the key stands for.
 
         Its deadline counts from here; one that nobody waits for has none unless the body names it. ApiError 409 where
         the found one had another body, 429 where the tenant has too many unfinished ones.
         """
-        return await self._whole(self._submit(tenant, body, job_id, key, waited_for))
+        return await self._whole(self._submit(tenant, order))
+
+    async def find(self, tenant: str, key: Key) -> JobRecord | None:
+        """The job that a key stands for; a key whose job failed by no fault of the client's stands for none.
+
+        ApiError 409 where it was used with another body.
+        """
+        await self._recover()
+        claim = await asyncio.to_thread(self.claims.find, tenant, key.id)
+        if claim is None:
+            return None
+        try:
+            record = await self.get(tenant, claim.job_id)
+        except ApiError:
+            # A replica was killed between the two.
+            return None
+        if record.error_status >= 500:
+            return None
+        if claim.digest != key.digest:
+            raise ApiError(
+                409,
+                "idempotency_mismatch",
+                "this Idempotency-Key was used with another body; use a new key for a new request",
+            )
+        return record
 
     async def get(self, tenant: str, job_id: str) -> JobRecord:
         """A job as it is now. ApiError 404 where there is none."""
@@ -239,25 +298,25 @@ class JobRunner:
         task.add_done_callback(self._kept.discard)
         return await asyncio.shield(task)
 
-    async def _submit(
-        self, tenant: str, body: GenerationBody, job_id: str, key: str | None, waited_for: bool
-    ) -> JobRecord:
+    async def _submit(self, tenant: str, order: Order) -> JobRecord:
         await self._recover()
         async with self._accepting:
-            if key is None:
-                return await self._find_or_accept(tenant, body, job_id, waited_for, None)
-            claim = self._claim(tenant, body, job_id, key)
-            if await asyncio.to_thread(self.claims.add, tenant, claim):
-                return await self._accept_or_release(tenant, body, claim, waited_for)
-            held = await asyncio.to_thread(self.claims.get, tenant, claim.id)
-            if held.body_digest != claim.body_digest:
-                raise ApiError(
-                    409,
-                    "idempotency_mismatch",
-                    "this Idempotency-Key was used with another body; use a new key for a new request",
-                )
-            # There is no job where a replica was killed between the two.
-            return await self._find_or_accept(tenant, body, held.job_id, waited_for, held.id)
+            if order.key is not None:
+                return await self.find(tenant, order.key) or await self._claim(tenant, order, order.key)
+            try:
+                return await self.get(tenant, order.job_id)
+            except ApiError:
+                return await self._accept(tenant, order)
+
+    async def _claim(self, tenant: str, order: Order, key: Key) -> JobRecord:
+        expires_at = int(time.time()) + self.config.job_ttl_s
+        claim = Claim(id=key.id, expires_at=expires_at, job_id=order.job_id, digest=key.digest)
+        await asyncio.to_thread(self.claims.put, tenant, claim)
+        try:
+            return await self._accept(tenant, order)
+        except BaseException:
+            await asyncio.to_thread(self.claims.delete, tenant, claim.id)
+            raise
 
     async def _cancel(self, tenant: str, job_id: str) -> JobRecord:
         await self._recover()
@@ -270,32 +329,8 @@ class JobRunner:
         await self._end(running)
         return record
 
-    async def _find_or_accept(
-        self, tenant: str, body: GenerationBody, job_id: str, waited_for: bool, claim_id: str | None
-    ) -> JobRecord:
-        try:
-            return await self.get(tenant, job_id)
-        except ApiError:
-            return await self._accept(tenant, body, job_id, waited_for, claim_id)
-
-    def _claim(self, tenant: str, body: GenerationBody, job_id: str, key: str) -> Claim:
-        return Claim(
-            id=f"claim_{sha256(f'{tenant}/{key}'.encode()).hexdigest()[:24]}",
-            expires_at=int(time.time()) + self.config.job_ttl_s,
-            job_id=job_id,
-            body_digest=sha256(body.model_dump_json().encode()).hexdigest(),
-        )
-
-    async def _accept_or_release(self, tenant: str, body: GenerationBody, claim: Claim, waited_for: bool) -> JobRecord:
-        try:
-            return await self._accept(tenant, body, claim.job_id, waited_for, claim.id)
-        except BaseException:
-            await asyncio.to_thread(self.claims.delete, tenant, claim.id)
-            raise
-
-    async def _accept(
-        self, tenant: str, body: GenerationBody, job_id: str, waited_for: bool, claim_id: str | None
-    ) -> JobRecord:
+    async def _accept(self, tenant: str, order: Order) -> JobRecord:
+        body, waited_for = order.body, order.waited_for
         unfinished = sum(
             running.tenant == tenant and running.record.waited_for == waited_for for running in self._running.values()
         )
@@ -304,19 +339,30 @@ class JobRunner:
         now = time.time()
         deadline_s = body.deadline_s or (self.config.deadline_s if waited_for else None)
         record = JobRecord(
-            id=job_id,
+            id=order.job_id,
             created_at=int(now),
             expires_at=int(now) + self.config.job_ttl_s,
             body=body,
             seed=secrets.randbelow(2**31) if body.seed is None else body.seed,
+            encode_s=order.encode_s,
             waited_for=waited_for,
             due_at=None if deadline_s is None else now + deadline_s,
-            claim_id=claim_id,
+            claim_id=order.key and order.key.id,
         )
-        await asyncio.to_thread(self.open.put, tenant, Expiring(id=job_id, expires_at=record.expires_at))
-        await asyncio.to_thread(self.records.put, tenant, record)
+        await asyncio.to_thread(self._write, tenant, record, order.concept)
         self._start(tenant, record)
         return record
+
+    def _write(self, tenant: str, record: JobRecord, concept: bytes | None) -> None:
+        """The record last: a job is there once it is."""
+        self.open.put(tenant, Expiring(id=record.id, expires_at=record.expires_at))
+        if concept is not None:
+            key = self._concept_key(tenant, record.id)
+            patiently(lambda: self.store.put(key, concept))
+        self.records.put(tenant, record)
+
+    def _concept_key(self, tenant: str, job_id: str) -> str:
+        return self.records.key(tenant, job_id, "safetensors")
 
     def _start(self, tenant: str, record: JobRecord) -> None:
         running = _Running(tenant, record)
@@ -349,11 +395,11 @@ class JobRunner:
         await self._end(running)
 
     async def _generate(self, running: _Running) -> None:
-        record, failures = running.record, 0
+        failures = 0
         while True:
             begun = False
-            work = Work.of(running.tenant, record.body, seed=record.seed, deadline_s=record.left_s, progress=True)
             try:
+                work = await self._work(running)
                 async with aclosing(self.stages.generate(work)) as events:
                     async for event in events:
                         begun = True
@@ -364,6 +410,13 @@ class JobRunner:
                 if of_exception(error).status not in RETRIED or failures == MAX_FAILURES:
                     raise
                 await asyncio.sleep(RETRY_S)
+
+    async def _work(self, running: _Running) -> Work:
+        record, concept = running.record, None
+        if isinstance(record.body, EditForm):
+            concept = await asyncio.to_thread(self.store.get, self._concept_key(running.tenant, record.id))
+        details = {"seed": record.seed, "deadline_s": record.left_s, "progress": True}
+        return Work.of(running.tenant, record.body, concept=concept, **details)
 
     async def _take(self, running: _Running, event: Event) -> None:
         """Keeps what is new: whatever is begun again tells the same once more."""
@@ -392,6 +445,8 @@ class JobRunner:
         record.seconds = time.time() - record.created_at
         record.pictures.sort(key=lambda each: each.image_index)
         await self._stored(running, partial(self.records.put, running.tenant, record))
+        if isinstance(record.body, EditForm):
+            await self._stored(running, partial(self.store.delete, self._concept_key(running.tenant, record.id)))
         await self._stored(running, partial(self.open.delete, running.tenant, record.id))
         self._running.pop(record.id, None)
         running.tell()

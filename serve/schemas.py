@@ -44,6 +44,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from instantbooth.parameters import RANGES
+from instantbooth.prompts import SUBJECT_FIELD
 
 MAX_IMAGES = 10
 MAX_STEPS = 200
@@ -106,11 +107,25 @@ class ImageParameters(Strict):
             raise ValueError(f"must be auto or WIDTHxHEIGHT such as 64x64, is {value!r}")
         return value
 
+    @field_validator("prompt")
+    @classmethod
+    def _prompt(cls, value: str) -> str:
+        if (count := value.count(SUBJECT_FIELD)) != 1:
+            raise ValueError(f"must hold {SUBJECT_FIELD} exactly once, where the subject belongs, not {count} times")
+        return value
+
     @field_validator("prompt", "negative_prompt")
     @classmethod
     def _text(cls, value: str | None) -> str | None:
         if value is not None and "\0" in value:
             raise ValueError("must hold no NUL character")
+        return value
+
+    @field_validator("negative_prompt")
+    @classmethod
+    def _negative_prompt(cls, value: str | None) -> str | None:
+        if value is not None and SUBJECT_FIELD in value:
+            raise ValueError(f"must not hold {SUBJECT_FIELD}; remove it")
         return value
 
     @property

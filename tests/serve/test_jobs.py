@@ -1,6 +1,6 @@
 """Jobs by themselves: who waits for whom, and what becomes of those that fail, hang, or lose their client.
 
-The stage that makes pictures is scripted, in the place of Serve's handle; the store and all else is real.
+Only the stage that makes pictures is scripted.
 """
 
 from __future__ import annotations
@@ -17,74 +17,12 @@ import pytest
 from instantbooth.errors import EngineError, OverloadedError
 from serve.config import ServeConfig
 from serve.errors import ApiError
-from serve.jobs import MAX_FAILURES, JobRecord, JobRunner
+from serve.jobs import MAX_FAILURES, JobRecord, JobRunner, Key, Order
 from serve.limits import Turns
 from serve.messages import Begun, Event, Picture, Step, Work
 from serve.records import new_id
-from serve.schemas import GenerationBody, Parameters
-
-STEPS = 3
-BEGUN = Begun(
-    parameters=Parameters(
-        adapter_scale=1,
-        concept_scale=1,
-        num_inference_steps=STEPS,
-        guidance_scale=1,
-        negative_prompt="",
-        sampler="ddim",
-    ),
-    prompt="a photo of a sks person",
-    size="32x32",
-    weights="",
-    concept_digest="",
-    cache_hit=False,
-)
-Script = Callable[[Work], AsyncIterator[Event]]
-
-
-class Diffusion:
-    """Serve's handle of the second stage: its calls run the scripts, the last one again and again."""
-
-    def __init__(self, *scripts: Script) -> None:
-        self.scripts = list(scripts)
-        self.works: list[Work] = []
-
-    def options(self, *, stream: bool) -> Diffusion:
-        return self
-
-    @property
-    def generate(self) -> Diffusion:
-        return self
-
-    def remote(self, work: Work) -> _Answer:
-        self.works.append(work)
-        script = self.scripts.pop(0) if len(self.scripts) > 1 else self.scripts[0]
-        return _Answer(script(work))
-
-
-class _Answer:
-    def __init__(self, events: AsyncIterator[Event]) -> None:
-        self.events = events
-
-    def __anext__(self) -> Any:
-        return anext(self.events)
-
-    def cancel(self) -> None:
-        pass
-
-
-async def denoised(work: Work, steps: int = STEPS) -> AsyncIterator[Event]:
-    """Everything goes well for so many steps."""
-    yield BEGUN
-    for step in range(1, steps + 1):
-        yield Step(image_index=0, step=step, steps=STEPS)
-    if steps == STEPS:
-        yield Picture(image_index=0, seed=work.seed, data=b"picture", queue_s=0, generate_s=0)
-
-
-async def endless(work: Work) -> AsyncIterator[Event]:
-    yield BEGUN
-    await asyncio.Event().wait()
+from serve.schemas import GenerationBody
+from tests.serve.scripted import BEGUN, STEPS, Diffusion, Local, Script, denoised, endless
 
 
 def wanted(**changes: Any) -> GenerationBody:
@@ -96,13 +34,25 @@ def runner(tmp_path: Path) -> Callable[..., JobRunner]:
     """A replica with the scripts as its second stage; another one finds what the former left."""
 
     def make(*scripts: Script, **settings: Any) -> JobRunner:
-        return JobRunner(ServeConfig(store=str(tmp_path), **settings), None, Diffusion(*scripts))
+        return JobRunner(ServeConfig(store=str(tmp_path), **settings), None, Local(Diffusion(*scripts)))
 
     return make
 
 
 async def submitted(jobs: JobRunner, tenant: str = "ada", key: str | None = None, **changes: Any) -> JobRecord:
-    return await jobs.submit(tenant, wanted(**changes), new_id("job"), key, waited_for=key is not None)
+    body = wanted(**changes)
+    order = Order(
+        job_id=new_id("job"),
+        body=body,
+        key=None if key is None else Key.of(tenant, key, body),
+        waited_for=key is not None,
+    )
+    return await jobs.submit(tenant, order)
+
+
+def works(jobs: JobRunner) -> list[Work]:
+    """What the second stage was asked for."""
+    return jobs.stages.diffusion.deployment.works
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -153,7 +103,7 @@ def test_only_a_call_that_is_waited_for_has_a_deadline_of_its_own_accord(runner:
         jobs = runner(denoised, deadline_s=7)
         for each in (await submitted(jobs), await submitted(jobs, key="k"), await submitted(jobs, deadline_s=300)):
             await jobs.wait("ada", each.id)
-        left = [work.deadline_s for work in jobs.stages.diffusion.works]
+        left = [work.deadline_s for work in works(jobs)]
         assert left[0] is None
         assert left[1:] == pytest.approx([7, 300], abs=1)
 
@@ -197,7 +147,7 @@ def test_a_job_that_fails_whenever_it_is_begun_ends(
         jobs = runner(raising(EngineError("the picture is not finite"), 2))
         job = await submitted(jobs)
         events = [event async for event in followed(jobs, job)]
-        assert len(jobs.stages.diffusion.works) == MAX_FAILURES
+        assert len(works(jobs)) == MAX_FAILURES
         assert (job.status, job.error_status, job.step) == ("failed", 503, 2)
         assert [event.step for event in events if isinstance(event, Step)] == [1, 2], "each is told once"
 
@@ -246,7 +196,7 @@ def test_a_job_that_waits_for_its_turn_is_due_all_the_same(runner: Callable[...,
         jobs = runner(endless, jobs_at_once=1)
         await submitted(jobs)
         job = await jobs.wait("ada", (await submitted(jobs, deadline_s=0.1)).id)
-        assert (job.error_status, len(jobs.stages.diffusion.works)) == (504, 1)
+        assert (job.error_status, len(works(jobs))) == (504, 1)
 
     asyncio.run(run())
 
@@ -303,7 +253,7 @@ def test_a_client_that_leaves_while_its_job_is_written_leaves_no_half_of_it(
     async def run() -> None:
         jobs = runner(endless)
         await leave(jobs, submitted(jobs))
-        await until(lambda: bool(jobs.stages.diffusion.works))
+        await until(lambda: bool(works(jobs)))
         (job,), _ = await jobs.page("ada", 1, None)
         assert job.status == "running"
         await leave(jobs, jobs.cancel("ada", job.id))
