@@ -147,6 +147,8 @@ class _Running:
         self.steps: set[tuple[int, int, bool]] = set()
         """Picture, step and whether it was a preview, of every Step among them."""
         self.task: asyncio.Task[None] | None = None
+        self.over = False
+        """Whether its end is in the store."""
         self._changed = asyncio.Event()
 
     def tell(self, event: Event | None = None) -> None:
@@ -164,7 +166,7 @@ class _Running:
             while seen < len(self.events):
                 seen += 1
                 yield self.events[seen - 1]
-            if self.record.finished:
+            if self.over:
                 return
             await changed.wait()
 
@@ -449,6 +451,7 @@ class JobRunner:
             await self._stored(running, partial(self.store.delete, self._concept_key(running.tenant, record.id)))
         await self._stored(running, partial(self.open.delete, running.tenant, record.id))
         self._running.pop(record.id, None)
+        running.over = True
         running.tell()
 
     async def _stored(self, running: _Running, write: Callable[[], None]) -> None:

@@ -64,14 +64,15 @@ class Stages:
         """One replica's events; it is told to stop where the caller does."""
         if left is not None and left <= 0:
             raise TimeoutError
-        ends = None if left is None else time.monotonic() + left + GRACE_S
+        ends = None if left is None else asyncio.get_running_loop().time() + left + GRACE_S
         response = self._generate.remote(replace(work, deadline_s=left))
         finished = False
         try:
             while True:
-                timeout = None if ends is None else max(0.0, ends - time.monotonic())
                 try:
-                    event = await asyncio.wait_for(anext(response), timeout)
+                    # wait_for would return an event that is there already to a caller who was cancelled.
+                    async with asyncio.timeout_at(ends):
+                        event = await anext(response)
                 except StopAsyncIteration:
                     finished = True
                     return

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2 as httpx
 import pytest
 
 from serve.api import Api, build_app
@@ -183,8 +183,9 @@ def test_what_cannot_be_made_is_not_accepted_as_a_job(
 
 def test_a_client_that_sends_its_photos_too_slowly_is_told_so(run: Callable[..., None]) -> None:
     async def drops() -> AsyncIterator[bytes]:
+        yield b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
         while True:
-            yield b"--x\r\n"
+            yield b"a"
             await asyncio.sleep(0.05)
 
     async def test(endpoint: Endpoint) -> None:

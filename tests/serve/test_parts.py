@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from starlette.responses import Response
+from starlette.testclient import TestClient
 
 from instantbooth.errors import DeadlineError, ImageError, OverloadedError, PromptError, StorageError
 from instantbooth.storage import FileStore
@@ -21,6 +23,7 @@ from serve.keys import Keyring, check_local, new_key
 from serve.limits import Gate
 from serve.messages import Work
 from serve.pictures import PictureStore
+from serve.proxy import OneShape, middlewares
 from serve.records import Expiring, Records, new_id
 from serve.scaling import ConceptRouter, QueuedWorkPolicy
 
@@ -161,3 +164,36 @@ def test_records_are_pages_of_their_tenant_and_claimed_once(tmp_path: Path) -> N
 def test_only_named_hosts_are_asked_for_pictures(url: str) -> None:
     with pytest.raises(ApiError, match="image_url"):
         fetch(url, ["photos.example"], 100)
+
+
+@pytest.mark.parametrize(
+    ("answer", "status", "code", "retry_after"),
+    [
+        (Response("timed out", 408), 408, "timeout", None),
+        (Response("full", 429, {"Retry-After": "7"}), 429, "overloaded", "7"),
+        (Response("no replica", 503), 503, "unavailable", "2"),
+        (Response("Traceback: secret", 500), 500, "proxy", None),
+        (None, 503, "replica_lost", "2"),
+    ],
+)
+def test_what_rays_proxy_says_by_itself_has_the_shape_of_all_errors(
+    answer: Response | None, status: int, code: str, retry_after: str | None
+) -> None:
+    async def proxy(scope: Any, receive: Any, send: Any) -> None:
+        if answer is not None:
+            await answer(scope, receive, send)
+
+    (middleware,) = middlewares()
+    found = TestClient(middleware.cls(proxy)).get("/")
+    assert (found.status_code, found.json()["error"]["code"]) == (status, code)
+    assert found.headers.get("Retry-After") == retry_after
+    assert "secret" not in found.text
+
+
+def test_rays_proxy_leaves_what_is_well_as_it_is() -> None:
+    for answer in (
+        Response("a page", media_type="text/html"),
+        Response('{"error": 1}', 404, media_type="application/json"),
+    ):
+        found = TestClient(OneShape(answer)).get("/")
+        assert (found.status_code, found.content) == (answer.status_code, answer.body)

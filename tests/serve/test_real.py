@@ -76,7 +76,11 @@ def running(folder: Path, autoscaling: dict[str, Any]) -> Iterator[Server]:
             own = autoscaling if deployment["name"] == "DiffusionEngine" else {}
             deployment["autoscaling_config"] |= {"min_replicas": 1, "max_replicas": 1} | own
     (folder / "serve.yaml").write_text(yaml.safe_dump(config))
-    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'platform'}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": f"{ROOT / 'platform'}{os.pathsep}{ROOT}",
+        "OMP_NUM_THREADS": "1",
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.proxy:middlewares",
+    }
     command = [Path(sys.executable).parent / "serve", "run", "-a", "local", folder / "serve.yaml"]
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log)
@@ -228,6 +232,8 @@ def test_killed_replicas_cost_no_job_and_no_wrong_picture(real: Server, concept:
                 continue
             if answer.status_code == 202:
                 jobs[answer.json()["id"]] = seed
+            else:
+                assert answer.json()["error"]["message"]
             time.sleep(1)
 
     with ThreadPoolExecutor(4) as pool:
@@ -337,6 +343,7 @@ def _patiently(client: Client, wanted: dict[str, Any], key: str) -> requests.Res
             if answer.status_code == 200:
                 return answer
             assert answer.status_code in (429, 500, 503, 504), answer.text
+            assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
         except requests.RequestException:
             pass
         time.sleep(0.3)
@@ -348,6 +355,7 @@ def _b64(answer: dict[str, Any]) -> str:
 
 def _finished(client: Client, job: str) -> dict[str, Any] | None:
     answer = client("GET", f"/v1/images/jobs/{job}")
+    assert answer.status_code == 200 or answer.json()["error"]["message"]
     assert answer.status_code != 404, f"job {job} was accepted and is lost"
     found = answer.json() if answer.status_code == 200 else {"status": "unknown"}
     return found if found["status"] in ("succeeded", "failed", "cancelled") else None
