@@ -116,6 +116,9 @@ class Api:
 
     async def create_concept(self, request: Request) -> Response:
         """Photos of one subject become a concept; the photos are not kept."""
+        if idempotency_key(request) is not None:
+            message = "Idempotency-Key: a concept is made anew by each call; leave it out, and delete what is too many"
+            raise ApiError(400, "invalid_idempotency_key", message)
         with self.uploads.enter(), self.metrics.timed():
             form, files = await self._form(request, ConceptForm)
             ttl_s = form.ttl_s or self.config.concept_ttl_s

@@ -25,8 +25,10 @@
     GET    /healthz, /readyz, /metrics
 
 Every request but those for the page, the signed urls' and the last line's carries "Authorization: Bearer KEY" where the
-server has keys. POST /v1/images/generations and /v1/images/jobs take the header Idempotency-Key, and only they. Every
-answer carries X-Request-ID. Every error is an ErrorBody; 429 and 503 tell in Retry-After when to come back.
+server has keys. POST /v1/images/generations, edits and jobs take the header Idempotency-Key: the same key with the same
+body, files included, is one generation and the same bytes for as long as jobs are kept; another body is 409. A failure
+of the server (5xx) is not kept: the key may be used again. POST /v1/concepts refuses the header. Every answer carries
+X-Request-ID. Every error is an ErrorBody; 429 and 503 tell in Retry-After when to come back.
 
 A stream is Server-Sent Events, `event: TYPE` and `data: JSON`, where the JSON has the same "type":
 

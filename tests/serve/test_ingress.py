@@ -239,3 +239,14 @@ def test_a_defect_is_counted_and_logged_once(run: Callable[..., None], stream: b
         logging.getLogger("ray.serve").removeHandler(handler)
     assert [record.getMessage() for record in logged] == ["a request failed"]
     assert "KeyError" in logging.Formatter().formatException(logged[0].exc_info)
+
+
+def test_a_url_outlives_its_replica_where_the_secret_is_configured(run: Callable[..., None], tmp_path: Path) -> None:
+    async def test(endpoint: Endpoint) -> None:
+        secrets: list[tuple[str | None, int]] = [("s" * 32, 200), ("t" * 32, 401), (None, 401)]
+        url = (await endpoint.post(GENERATIONS, response_format="url")).json()["data"][0]["url"]
+        for secret, status in secrets:
+            another = Endpoint(tmp_path, denoised, url_secret=secret)
+            assert (await another.client.get(url)).status_code == status
+
+    run(test, denoised, url_secret="s" * 32)

@@ -129,6 +129,8 @@ def test_a_signed_path_ends_and_cannot_be_made_up(tmp_path: Path) -> None:
     past = int(time.time()) - 1
     with pytest.raises(ApiError, match="expired"):
         pictures.check("ada", name, past, pictures.path("ada", name, past).partition("signature=")[2])
+    with pytest.raises(ApiError, match="signature"):
+        PictureStore(FileStore(tmp_path), "another secret").check("ada", name, expires, signature)
     pictures.delete_older({"file": 3600, "job": 0})
     assert pictures.get("ada", name)
     pictures.delete_older({"file": 0, "job": 3600})

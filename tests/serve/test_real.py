@@ -180,6 +180,7 @@ def _with_concept(schema: dict[str, Any], concept: str) -> dict[str, Any]:
 
 
 def test_a_hundred_calls_with_one_key_are_one_generation(real: Server, concept: str) -> None:
+    wait_until(lambda: not _unfinished(real.ada), 60)
     before = metric(real, "instantbooth_requests_ended_total")
     with ThreadPoolExecutor(100) as pool:
         calls = [pool.submit(_patiently, real.ada, body(concept, num_inference_steps=STEPS), "one") for _ in range(100)]
@@ -279,7 +280,8 @@ def test_overload_costs_no_throughput_and_ends_with_the_load(real: Server, conce
     wait_until(lambda: generated(real.ada, concept).status_code == 200, 10)
     wait_until(lambda: metric(real, "instantbooth_queued_work_rows") == 0, 10)
     recovery = time.monotonic() - ended
-    goodput, refusals = finished / OVERLOAD_S, sorted(tally.seconds.get(429, [0.0]))
+    goodput, refusals = finished / OVERLOAD_S, sorted(tally.seconds.get(429, []))
+    assert len(refusals) > sent / 2, "most of what is offered five times over must be refused"
     print(
         f"capacity {capacity:.2f}/s, offered {sent / OVERLOAD_S:.1f}/s, goodput {goodput:.2f}/s "
         f"({goodput / capacity:.0%}); {len(refusals)} refused in {median(refusals) * 1000:.0f} ms (median), "
@@ -288,7 +290,7 @@ def test_overload_costs_no_throughput_and_ends_with_the_load(real: Server, conce
     )
     assert set(tally.statuses) <= {200, 429}
     assert goodput >= 0.9 * capacity
-    assert refusals[int(0.99 * len(refusals))] < 0.2
+    assert refusals[-1] < 0.2
     assert memory[-1] <= 1.05 * memory[0]
     assert recovery <= 10
 
@@ -347,6 +349,12 @@ def _patiently(client: Client, wanted: dict[str, Any], key: str) -> requests.Res
         except requests.RequestException:
             pass
         time.sleep(0.3)
+
+
+def _unfinished(client: Client) -> list[str]:
+    """Jobs of former tests: what they make would be counted with this one's."""
+    jobs = client("GET", "/v1/images/jobs?limit=100").json()["data"]
+    return [job["id"] for job in jobs if job["status"] in ("queued", "running")]
 
 
 def _b64(answer: dict[str, Any]) -> str:
