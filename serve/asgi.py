@@ -52,10 +52,10 @@ class Errors:
         return answer(found.body, found.status, found.headers | (headers or {}))
 
     def known(self, error: Exception) -> ApiError:
-        """An error as its client may know it; counted, and logged where it is a defect."""
+        """An error as its client may know it; counted, and logged where it is a defect of this process."""
         found = of_exception(error)
         self.rejections.labels(found.code).inc()
-        if found.status == 500:
+        if found.status == 500 and (found is not error or error.__cause__ is not None):
             logger.error("a request failed", exc_info=error)
         return found
 

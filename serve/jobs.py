@@ -289,7 +289,7 @@ class JobRunner:
             record = self.records.find(tenant, mark.id)
             if record is None or record.finished:
                 # A replica was killed before it wrote the one, or after it wrote the other.
-                self.open.delete(tenant, mark.id)
+                self._forget(tenant, mark.id)
             else:
                 yield tenant, record
 
@@ -362,6 +362,12 @@ class JobRunner:
             key = self._concept_key(tenant, record.id)
             patiently(lambda: self.store.put(key, concept))
         self.records.put(tenant, record)
+
+    def _forget(self, tenant: str, job_id: str) -> None:
+        """Removes what a job needs until it has ended, the mark last."""
+        key = self._concept_key(tenant, job_id)
+        patiently(lambda: self.store.delete(key))
+        self.open.delete(tenant, job_id)
 
     def _concept_key(self, tenant: str, job_id: str) -> str:
         return self.records.key(tenant, job_id, "safetensors")
@@ -447,9 +453,7 @@ class JobRunner:
         record.seconds = time.time() - record.created_at
         record.pictures.sort(key=lambda each: each.image_index)
         await self._stored(running, partial(self.records.put, running.tenant, record))
-        if isinstance(record.body, EditForm):
-            await self._stored(running, partial(self.store.delete, self._concept_key(running.tenant, record.id)))
-        await self._stored(running, partial(self.open.delete, running.tenant, record.id))
+        await self._stored(running, partial(self._forget, running.tenant, record.id))
         self._running.pop(record.id, None)
         running.over = True
         running.tell()

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from instantbooth.errors import EngineError, OverloadedError
+from serve.bodies import EditForm
 from serve.config import ServeConfig
 from serve.errors import ApiError
 from serve.jobs import MAX_FAILURES, JobRecord, JobRunner, Key, Order
@@ -298,5 +299,28 @@ def test_what_has_expired_is_deleted_and_a_key_used_again_is_not(
         old = await jobs.wait("ada", (await submitted(jobs, key="again")).id)
         jobs._delete([("ada", old)])
         assert [*tmp_path.glob("claims/ada/*")]
+
+    asyncio.run(run())
+
+
+def test_what_a_killed_replica_left_of_an_edit_is_gone_after_the_next_start(
+    runner: Callable[..., JobRunner], tmp_path: Path
+) -> None:
+    async def run() -> None:
+        edit = Order(job_id=new_id("job"), body=EditForm(prompt="a {subject}"), concept=b"tensors")
+        jobs = runner(endless)
+        await jobs.submit("ada", edit)
+        concept = tmp_path / "jobs" / "ada" / f"{edit.job_id}.safetensors"
+        assert concept.read_bytes() == b"tensors"
+        again = runner(denoised)
+        assert (await again.wait("ada", edit.job_id)).status == "succeeded"
+        assert works(again)[0].concept == b"tensors"
+        assert not concept.exists()
+        # Killed before the record was written: nobody was told of this job.
+        jobs._write("ada", (await again.get("ada", edit.job_id)).model_copy(update={"id": new_id("job")}), b"tensors")
+        (record,) = tmp_path.glob("jobs/ada/*.safetensors")
+        record.with_suffix(".json").unlink()
+        await runner(denoised).check_health()
+        assert not [*tmp_path.glob("jobs/ada/*.safetensors"), *tmp_path.glob("opens/ada/*")]
 
     asyncio.run(run())
