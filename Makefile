@@ -35,6 +35,7 @@ test-serve: .venv/installed
 	$(BIN)/pytest -q -s --durations=10 -m serving tests/serve
 
 # http://127.0.0.1:8000 until Ctrl-C, with the miniature.
+serve: export RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH := serve.proxy:middlewares
 serve: .venv/installed
 	@PYTHONPATH=$(CURDIR)/platform:$(CURDIR) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} RAY_ADDRESS=$${RAY_ADDRESS:-local} exec $(BIN)/serve run serve.app:build
 

@@ -7,7 +7,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -22,16 +22,26 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from instantbooth.parameters import RANGES
-from instantbooth.prompts import CLASS_NOUNS
+from instantbooth.prompts import CLASS_NOUNS, SUBJECT_FIELD
 from instantbooth.storage import open_store
 from serve.asgi import BodyLimit, Envelope, Errors, Keys, answer
-from serve.bodies import ConceptForm, EditForm, Files, form_of, idempotency_key, json_of, read_form, read_json
+from serve.bodies import (
+    MAX_JSON_BYTES,
+    ConceptForm,
+    EditForm,
+    Files,
+    form_of,
+    idempotency_key,
+    json_of,
+    read_form,
+    read_json,
+)
 from serve.calls import Call
 from serve.concepts import ConceptRecord, ConceptStore
 from serve.config import ServeConfig
 from serve.errors import ApiError, of_exception
 from serve.fetch import fetch
-from serve.jobs import JobRecord, cancelled
+from serve.jobs import JobRecord, Key, Order, cancelled
 from serve.keys import Keyring
 from serve.limits import Gate
 from serve.messages import Begun, Encoded, Event, Picture, Upload, Work
@@ -84,6 +94,7 @@ class Api:
         self.gate = Gate(config.max_pending_images, "pictures")
         self.uploads = Gate(config.max_pending_uploads, "uploads")
         self.metrics = StageMetrics("ingress")
+        self.errors = Errors(self.metrics.rejections)
         self.started = int(time.time())
         self._model: Model | None = None
         if self.keys.open:
@@ -105,13 +116,16 @@ class Api:
 
     async def create_concept(self, request: Request) -> Response:
         """Photos of one subject become a concept; the photos are not kept."""
+        if idempotency_key(request) is not None:
+            message = "Idempotency-Key: a concept is made anew by each call; leave it out, and delete what is too many"
+            raise ApiError(400, "invalid_idempotency_key", message)
         with self.uploads.enter(), self.metrics.timed():
             form, files = await self._form(request, ConceptForm)
             ttl_s = form.ttl_s or self.config.concept_ttl_s
             if ttl_s > self.config.max_concept_ttl_s:
                 limit = self.config.max_concept_ttl_s
                 raise ApiError(422, "invalid_value", f"ttl_s must be at most {limit}, is {ttl_s}; lower it", "ttl_s")
-            encoded = await self._encoded(files, form.class_noun)
+            encoded = await self._encoded(files, form.class_noun, self.config.deadline_s)
             record = await asyncio.to_thread(
                 self.concepts.add,
                 request.state.tenant,
@@ -144,13 +158,13 @@ class Api:
 
     async def generate(self, request: Request) -> Response:
         """Pictures of a concept, in one answer or as events."""
-        tenant, key = request.state.tenant, idempotency_key(request)
+        tenant, text = request.state.tenant, idempotency_key(request)
         body = await read_json(request, GenerationBody)
+        if text is not None:
+            return await self._generate_once(request, body, Key.of(tenant, text, body))
         # Refused before the store is asked for anything.
         self.gate.check(body.n)
         await self._concept(tenant, body.concept)
-        if key is not None:
-            return await self._generate_once(request, body, key)
         work = Work.of(
             tenant, body, seed=_seed(body), deadline_s=body.deadline_s or self.config.deadline_s, progress=body.stream
         )
@@ -159,32 +173,45 @@ class Api:
     async def edit(self, request: Request) -> Response:
         """Photos and prompt in one call; the concept is not kept."""
         started = time.monotonic()
-        deadline_s = self.config.deadline_s
+        tenant, text = request.state.tenant, idempotency_key(request)
+        key, found = None, None
+        if text is None:
+            self.gate.check()
         with self.uploads.enter():
             body, files = await self._form(request, EditForm)
             if files.masks is not None:
                 message = "mask: an edit finds the subject itself; make a concept to send masks"
                 raise ApiError(422, "unknown_parameter", message, "mask")
-            encoded = await self._encoded(files, body.class_noun)
+            if text is not None:
+                key = Key.of(tenant, text, body, files.contents)
+                found = await self._ask(lambda: self.jobs.find.remote(tenant, key))
+            if found is None:
+                self.gate.check(body.n)
+                deadline_s = body.deadline_s or self.config.deadline_s
+                encoded = await self._encoded(files, body.class_noun, deadline_s - (time.monotonic() - started))
+        if found is not None:
+            return await self._finished(request, found, body)
         spent = time.monotonic() - started
-        work = Work.of(
-            request.state.tenant,
-            body,
-            seed=_seed(body),
-            deadline_s=max(0.001, (body.deadline_s or deadline_s) - spent),
-            concept=encoded.data,
-            progress=body.stream,
-        )
+        left = body.model_copy(update={"deadline_s": max(0.001, deadline_s - spent)})
+        if key is not None:
+            details = {"concept": encoded.data, "encode_s": spent, "key": key, "waited_for": True}
+            return await self._submitted(request, Order(job_id=new_id("job"), body=left, **details))
+        details = {"seed": _seed(body), "deadline_s": left.deadline_s, "concept": encoded.data}
+        work = Work.of(tenant, body, progress=body.stream, **details)
         return await self._answered(self._live_call(request, body, encode_s=spent, verb="edit"), work)
 
     async def create_job(self, request: Request) -> Response:
         """Accepts a generation that runs by itself."""
-        key = idempotency_key(request)
+        tenant, text = request.state.tenant, idempotency_key(request)
         body = await read_json(request, GenerationBody)
         if body.stream:
             raise ApiError(422, "invalid_value", "stream: a job has its own events; leave it out", "stream")
-        await self._concept(request.state.tenant, body.concept)
-        return answer(await self._job(request, await self._submit(request.state.tenant, body, key)), status=202)
+        key = None if text is None else Key.of(tenant, text, body)
+        record = None if key is None else await self._ask(lambda: self.jobs.find.remote(tenant, key))
+        if record is None:
+            await self._check(tenant, body)
+            record = await self._submit(tenant, Order(job_id=new_id("job"), body=body, key=key))
+        return answer(await self._job(request, record), status=202)
 
     async def list_jobs(self, request: Request, limit: PageLimit = 20, after: After = None) -> Response:
         """The tenant's jobs, the newest first."""
@@ -252,15 +279,21 @@ class Api:
         return self._model
 
     async def _form(self, request: Request, model: type[Any]) -> tuple[Any, Files]:
-        return await read_form(request, model, max_files=MAX_REFERENCES, max_bytes=self.config.max_image_bytes)
+        limits = {"max_files": MAX_REFERENCES, "max_bytes": self.config.max_image_bytes}
+        try:
+            async with asyncio.timeout(self.config.upload_s):
+                return await read_form(request, model, **limits)
+        except TimeoutError:
+            message = f"the upload took more than {self.config.upload_s:g} s; send fewer or smaller files"
+            raise ApiError(408, "upload_timeout", message) from None
 
-    async def _encoded(self, files: Files, class_noun: str) -> Encoded:
+    async def _encoded(self, files: Files, class_noun: str, deadline_s: float) -> Encoded:
         fetched = [
             await asyncio.to_thread(fetch, url, self.config.image_hosts, self.config.max_image_bytes)
             for url in files.urls
         ]
         upload = Upload(images=(*files.images, *fetched), masks=files.masks, class_noun=class_noun)
-        return await self.stages.encode(upload, self.config.deadline_s)
+        return await self.stages.encode(upload, deadline_s)
 
     async def _concept(self, tenant: str, concept_id: str) -> ConceptRecord:
         return await asyncio.to_thread(self.concepts.records.get, tenant, concept_id)
@@ -286,22 +319,58 @@ class Api:
                 self.metrics.cancellations.inc()
                 raise
 
-    async def _generate_once(self, request: Request, body: GenerationBody, key: str) -> Response:
+    async def _check(self, tenant: str, body: GenerationBody) -> None:
+        """What a live call learns from its replica and a job must know before it is accepted.
+
+        ApiError 404 for a concept that is not there, 422 for a size or a prompt that the model does not take.
+        """
+        await self._concept(tenant, body.concept)
+        limits = (await self._described()).limits
+        for side in body.width_height:
+            if side is not None and (side % limits.size_step or not limits.size_step <= side <= limits.max_side):
+                rule = f"sides must be multiples of {limits.size_step} up to {limits.max_side}"
+                raise ApiError(422, "invalid_value", f"size: {rule}, is {body.size}; see /v1/models", "size")
+        # A word is a token at least; the replica counts them.
+        if len(body.prompt.partition(SUBJECT_FIELD)[0].split()) >= limits.max_prompt_tokens:
+            rule = f"the text encoder reads {limits.max_prompt_tokens} tokens"
+            raise ApiError(422, "invalid_value", f"prompt: {rule}; name the subject earlier", "prompt")
+
+    async def _generate_once(self, request: Request, body: GenerationBody, key: Key) -> Response:
+        """The call with this key, made or repeated. A repeated one needs no place, and no concept either."""
+        tenant = request.state.tenant
+        found = await self._ask(lambda: self.jobs.find.remote(tenant, key))
+        if found is not None:
+            return await self._finished(request, found, body)
+        self.gate.check(body.n)
+        await self._check(tenant, body)
+        return await self._submitted(request, Order(job_id=new_id("job"), body=body, key=key, waited_for=True))
+
+    async def _submitted(self, request: Request, order: Order) -> Response:
+        with ExitStack() as places:
+            places.enter_context(self.gate.enter(order.body.n))
+            record = await self._submit(request.state.tenant, order)
+            return await self._finished(request, record, order.body, places)
+
+    async def _finished(
+        self, request: Request, record: JobRecord, body: ImageParameters, places: ExitStack | None = None
+    ) -> Response:
+        """What came of a job that this call waits for, in one answer or as events, which hold the places on."""
+        tenant = request.state.tenant
+        if body.stream:
+            events = self._job_events(tenant, record.id, places.pop_all() if places else ExitStack())
+            begun = await anext(events)
+            assert isinstance(begun, Begun)
+            return self._job_call(request, record).stream(begun, events)
         deadline_s = body.deadline_s or self.config.deadline_s
-        with self.gate.enter(body.n):
-            record = await self._submit(request.state.tenant, body, key)
-            if body.stream:
-                return self._job_stream(request, record)
-            record = await self._ask(lambda: self.jobs.wait.remote(request.state.tenant, record.id), deadline_s)
+        record = await self._ask(lambda: self.jobs.wait.remote(tenant, record.id), deadline_s)
         if record.error is not None:
             raise ApiError(record.error_status, record.error.code, record.error.message, record.error.param)
         if record.status == "cancelled":
             raise cancelled(record.id)
         return answer(await self._result(request, record))
 
-    async def _submit(self, tenant: str, body: GenerationBody, key: str | None) -> JobRecord:
-        job_id = new_id("job")
-        return await self._ask(lambda: self.jobs.submit.remote(tenant, body, job_id, key))
+    async def _submit(self, tenant: str, order: Order) -> JobRecord:
+        return await self._ask(lambda: self.jobs.submit.remote(tenant, order))
 
     async def _record(self, request: Request, job_id: str) -> JobRecord:
         return await self._ask(lambda: self.jobs.get.remote(request.state.tenant, job_id))
@@ -335,29 +404,36 @@ class Api:
     def _live_call(self, request: Request, body: ImageParameters, **details: Any) -> Call:
         now = int(time.time())
         ends = now + self.config.url_ttl_s
-        return Call(self.pictures, request, body, call_id=new_id("file"), created=now, expires=ends, **details)
+        call_id = new_id("file")
+        return Call(self.pictures, self.errors, request, body, call_id=call_id, created=now, expires=ends, **details)
 
     def _job_call(self, request: Request, record: JobRecord) -> Call:
+        edit = isinstance(record.body, EditForm)
         return Call(
             self.pictures,
+            self.errors,
             request,
             record.body,
-            concept_id=record.body.concept,
+            concept_id=None if edit else record.body.concept,
             call_id=record.id,
             created=record.created_at,
             expires=record.expires_at,
+            encode_s=record.encode_s,
+            verb="edit" if edit else "generation",
         )
 
     def _job_stream(self, request: Request, record: JobRecord) -> Response:
-        return self._job_call(request, record).stream(None, self._job_events(request.state.tenant, record.id))
+        events = self._job_events(request.state.tenant, record.id, ExitStack())
+        return self._job_call(request, record).stream(None, events)
 
-    async def _job_events(self, tenant: str, job_id: str) -> AsyncGenerator[Event, None]:
-        events = self.jobs.options(stream=True).events.remote(tenant, job_id)
-        try:
-            async for event in events:
-                yield event
-        finally:
-            events.cancel()
+    async def _job_events(self, tenant: str, job_id: str, places: ExitStack) -> AsyncGenerator[Event, None]:
+        with places:
+            events = self.jobs.options(stream=True).events.remote(tenant, job_id)
+            try:
+                async for event in events:
+                    yield event
+            finally:
+                events.cancel()
 
 
 class _Route(APIRoute):
@@ -369,12 +445,10 @@ class _Route(APIRoute):
         async def handled(request: Request) -> Response:
             try:
                 return await handler(request)
-            except (HTTPException, RequestValidationError):
+            except (HTTPException, RequestValidationError, ApiError):
                 raise
             except Exception as error:
-                if (known := of_exception(error)).status == 500:
-                    logger.exception("%s %s failed", request.method, request.url.path)
-                raise known from None
+                raise of_exception(error) from error
 
         return handled
 
@@ -417,10 +491,9 @@ def build_app(api: Api) -> FastAPI:
     add_page(app)
     app.add_middleware(Keys, keys=api.keys)
     app.add_middleware(BodyLimit, max_bytes=api.config.max_body_bytes)
-    errors = Errors(api.metrics.rejections)
-    app.add_middleware(Envelope, errors=errors)
+    app.add_middleware(Envelope, errors=api.errors)
     for kind in (HTTPException, RequestValidationError, ApiError):
-        app.add_exception_handler(kind, errors.handle)
+        app.add_exception_handler(kind, api.errors.handle)
     return app
 
 
@@ -449,6 +522,7 @@ def _model(config: ServeConfig, created: int, described: dict[str, Any]) -> Mode
         samplers=["ddim", "euler", "dpmsolver++"],
         limits=Limits(
             max_body_bytes=config.max_body_bytes,
+            max_json_bytes=MAX_JSON_BYTES,
             max_image_bytes=config.max_image_bytes,
             max_image_pixels=config.max_image_pixels,
             min_image_side=16,

@@ -48,11 +48,16 @@ class Errors:
 
     def respond(self, error: Exception, headers: dict[str, str] | None = None) -> Response:
         """The answer to any other error."""
+        found = self.known(error)
+        return answer(found.body, found.status, found.headers | (headers or {}))
+
+    def known(self, error: Exception) -> ApiError:
+        """An error as its client may know it; counted, and logged where it is a defect of this process."""
         found = of_exception(error)
         self.rejections.labels(found.code).inc()
-        if found.status == 500:
+        if found.status == 500 and (found is not error or error.__cause__ is not None):
             logger.error("a request failed", exc_info=error)
-        return answer(found.body, found.status, found.headers | (headers or {}))
+        return found
 
 
 class Envelope:

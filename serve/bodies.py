@@ -15,6 +15,8 @@ from serve.schemas import ImageParameters, Strict
 
 MAX_FIELDS = 64
 MAX_KEY_CHARS = 255
+MAX_JSON_BYTES = 65_536
+"""Several times what the longest prompts take."""
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -42,12 +44,24 @@ class Files:
     masks: tuple[bytes, ...] | None
     urls: tuple[str, ...]
 
+    @property
+    def contents(self) -> tuple[bytes, ...]:
+        """What tells them from others, in their order."""
+        return (*self.images, *(url.encode() for url in self.urls))
+
 
 async def read_json(request: Request, model: type[Body]) -> Body:
-    """The body. ApiError 415 for another type, 400 for text that is no JSON object, 422 for a wrong value."""
+    """The body. ApiError 415 for another type, 413 for more than MAX_JSON_BYTES, 400 for text that is no JSON object,
+    422 for a wrong value.
+    """
     _check_type(request, "application/json")
+    data = bytearray()
+    async for chunk in request.stream():
+        data += chunk
+        if len(data) > MAX_JSON_BYTES:
+            raise ApiError(413, "body_too_large", f"a JSON body may have {MAX_JSON_BYTES} bytes; shorten it")
     try:
-        content = json.loads(await request.body())
+        content = json.loads(data)
     except (ValueError, RecursionError):
         raise ApiError(400, "invalid_json", "the body is no JSON; send one JSON object") from None
     if not isinstance(content, dict):

@@ -10,7 +10,8 @@ from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
 
-from serve.errors import ApiError, of_exception
+from serve.asgi import Errors
+from serve.errors import ApiError
 from serve.messages import Begun, Event, Picture, Step
 from serve.pictures import PictureStore, base64_of
 from serve.schemas import (
@@ -31,6 +32,7 @@ class Call:
     def __init__(
         self,
         pictures: PictureStore,
+        errors: Errors,
         request: Request,
         body: ImageParameters,
         *,
@@ -43,6 +45,7 @@ class Call:
     ) -> None:
         """`expires` is when its urls do; pictures of a job, whose id is the call's, are kept already."""
         self.pictures = pictures
+        self.errors = errors
         self.body = body
         self.concept_id = concept_id
         self.id = call_id
@@ -81,7 +84,7 @@ class Call:
                 assert begun is not None
                 yield _sse(await self._event(begun, event, shown))
         except Exception as error:
-            yield _sse_error(of_exception(error))
+            yield _sse_error(self.errors.known(error))
         finally:
             await events.aclose()
 

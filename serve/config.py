@@ -52,11 +52,13 @@ class ServeConfig(BaseModel):
     max_pending_images: int = Field(default=32, ge=1)
     """Pictures that an ingress replica waits for; beyond them the answer is 429."""
     max_pending_uploads: int = Field(default=16, ge=1)
-    """Concepts that an ingress replica waits for."""
+    """Uploads that an ingress replica waits for, and their encoding."""
+    upload_s: float = Field(default=60.0, gt=0)
+    """Seconds that the files of a call may take to arrive."""
     jobs_at_once: int = Field(default=4, ge=1)
-    """Jobs denoised at a time."""
+    """Jobs denoised at a time that nobody waits for; their tenants take turns."""
     max_jobs: int = Field(default=200, ge=1)
-    """Unfinished jobs of a tenant."""
+    """Unfinished jobs of a tenant, and as many calls with an Idempotency-Key."""
 
     max_body_bytes: int = 64_000_000
     """Size of a request."""
@@ -67,7 +69,9 @@ class ServeConfig(BaseModel):
     image_hosts: list[str] = []
     """Hosts from which image_url may fetch; none unless named."""
     sweep_s: float = Field(default=5.0, gt=0)
-    """How often replicas look whether concepts they hold were deleted, and the expired is deleted."""
+    """How often diffusion replicas look whether concepts they hold were deleted."""
+    clean_up_s: float = Field(default=60.0, gt=0)
+    """How often what has expired is deleted from the store."""
 
     @field_validator("keys")
     @classmethod

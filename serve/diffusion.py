@@ -26,7 +26,7 @@ from serve.config import ServeConfig
 from serve.messages import Begun, Event, Picture, Step, Work
 from serve.metrics import Snapshot, StageMetrics, engine_metrics
 from serve.model import load, warm_up
-from serve.schemas import Parameters
+from serve.schemas import MAX_DEADLINE_S, Parameters
 
 logger = logging.getLogger("ray.serve")
 
@@ -41,7 +41,11 @@ class DiffusionEngine:
         self.engine = Engine(
             self.booth,
             EngineConfig(
-                row_budget=config.row_budget, max_row_budget=config.max_row_budget, max_requests=config.max_requests
+                row_budget=config.row_budget,
+                max_row_budget=config.max_row_budget,
+                max_requests=config.max_requests,
+                # Only jobs have no deadline: whoever waits goes before them.
+                patience_s=MAX_DEADLINE_S,
             ),
         )
         self.concepts = ConceptCache(ConceptStore(open_store(config.store)), self.engine.forget)

@@ -23,6 +23,7 @@ from serve.schemas import ErrorBody, ErrorObject, ErrorType
 TYPES: dict[int, ErrorType] = {
     401: "authentication_error",
     404: "not_found_error",
+    408: "timeout_error",
     409: "conflict_error",
     429: "rate_limit_error",
     504: "timeout_error",

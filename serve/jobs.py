@@ -5,6 +5,11 @@ says so; after a restart it goes on with whatever has no end yet. Seeds are draw
 is made again is the same.
 
 An idempotency key is a claim on a job: the first call with a key makes the job, every further one finds it.
+
+    jobs/<tenant>/<job id>.json         JobRecord, for job_ttl_s
+    jobs/<tenant>/<job id>.safetensors  an edit's concept, until the job has ended
+    opens/<tenant>/<job id>.json        there until then too: what a restart reads, whatever the number of jobs
+    claims/<tenant>/<hash>.json         Claim, deleted with its job
 """
 
 from __future__ import annotations
@@ -13,31 +18,37 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 from ray.serve.handle import DeploymentHandle
 
 from instantbooth.errors import StorageError
-from instantbooth.storage import open_store
+from instantbooth.storage import open_store, patiently
+from serve.bodies import EditForm
 from serve.concepts import ConceptStore
 from serve.config import ServeConfig
 from serve.errors import ApiError, of_exception
+from serve.limits import Turns
 from serve.messages import Begun, Event, Picture, Step, Work
 from serve.metrics import Snapshot, StageMetrics
 from serve.pictures import PictureStore
 from serve.records import Expiring, Records
-from serve.schemas import ErrorObject, GenerationBody
+from serve.schemas import ErrorObject, GenerationBody, ImageParameters
 from serve.stages import Stages
 
 logger = logging.getLogger("ray.serve")
 
 RETRIED = (429, 503)
 """Answers of a stage that may be another the next time."""
+MAX_FAILURES = 5
+"""So often is a job begun that fails with one of them; before it is begun it may be refused as often as it takes."""
 RETRY_S = 1.0
-CLEAN_UP_S = 60.0
 FINISHED = ("succeeded", "failed", "cancelled")
 
 
@@ -57,8 +68,16 @@ class JobRecord(Expiring):
 
     status: Literal["queued", "running", "succeeded", "failed", "cancelled"] = "queued"
     created_at: int
-    body: GenerationBody
+    body: GenerationBody | EditForm
     seed: int
+    encode_s: float = 0.0
+    """What the concept of an edit took."""
+    waited_for: bool = False
+    """Whether somebody waits for the answer, with an idempotency key."""
+    due_at: float | None = None
+    """When it has failed unless it has ended, in Unix seconds."""
+    claim_id: str | None = None
+    """The claim that was made with it."""
     begun: Begun | None = None
     pictures: list[JobPicture] = Field(default_factory=list)
     error: ErrorObject | None = None
@@ -73,12 +92,49 @@ class JobRecord(Expiring):
         """Whether it has ended, one way or another."""
         return self.status in FINISHED
 
+    @property
+    def left_s(self) -> float | None:
+        """Seconds until its deadline; None where it has none."""
+        return None if self.due_at is None else self.due_at - time.time()
+
 
 class Claim(Expiring):
     """An idempotency key, used."""
 
     job_id: str
-    body_digest: str
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Key:
+    """A client's Idempotency-Key, with what it stands for."""
+
+    id: str
+    """A claim's."""
+    digest: str
+    """SHA-256 of body and files."""
+
+    @classmethod
+    def of(cls, tenant: str, text: str, body: ImageParameters, files: Sequence[bytes] = ()) -> Key:
+        """The key that a tenant sent with a body."""
+        parts = [body.model_dump_json().encode(), *files]
+        return cls(
+            id=f"claim_{sha256(f'{tenant}/{text}'.encode()).hexdigest()[:24]}",
+            digest=sha256(b"".join(sha256(part).digest() for part in parts)).hexdigest(),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """What a job is to be made of."""
+
+    job_id: str
+    body: GenerationBody | EditForm
+    concept: bytes | None = None
+    """Of an edit, Concept.to_bytes(); kept until the job has ended."""
+    encode_s: float = 0.0
+    key: Key | None = None
+    waited_for: bool = False
 
 
 class _Running:
@@ -88,7 +144,11 @@ class _Running:
         self.tenant = tenant
         self.record = record
         self.events: list[Event] = []
+        self.steps: set[tuple[int, int, bool]] = set()
+        """Picture, step and whether it was a preview, of every Step among them."""
         self.task: asyncio.Task[None] | None = None
+        self.over = False
+        """Whether its end is in the store."""
         self._changed = asyncio.Event()
 
     def tell(self, event: Event | None = None) -> None:
@@ -106,7 +166,7 @@ class _Running:
             while seen < len(self.events):
                 seen += 1
                 yield self.events[seen - 1]
-            if self.record.finished:
+            if self.over:
                 return
             await changed.wait()
 
@@ -115,40 +175,53 @@ class JobRunner:
     """Accepts, runs and remembers jobs; there is one of it."""
 
     def __init__(self, config: ServeConfig, encoder: DeploymentHandle, diffusion: DeploymentHandle) -> None:
-        store = open_store(config.store)
+        self.store = store = open_store(config.store)
         self.config = config
         self.stages = Stages(encoder, diffusion)
         self.records = Records(store, "job", JobRecord)
+        self.open = Records(store, "open", Expiring)
         self.claims = Records(store, "claim", Claim)
         self.pictures = PictureStore(store, "")
         self.concepts = ConceptStore(store)
         self.metrics = StageMetrics("job")
         self._running: dict[str, _Running] = {}
-        self._places = asyncio.Semaphore(config.jobs_at_once)
+        self._turns = {False: Turns(config.jobs_at_once), True: Turns(config.max_pending_images)}
+        """By whether somebody waits."""
         self._recovered: asyncio.Task[None] | None = None
         self._accepting = asyncio.Lock()
+        self._kept: set[asyncio.Task[JobRecord]] = set()
 
-    async def submit(self, tenant: str, body: GenerationBody, job_id: str, key: str | None = None) -> JobRecord:
+    async def submit(self, tenant: str, order: Order) -> JobRecord:
         """Accepts a job under a new id, or finds the one that has the id, or the one that the key stands for.
 
-        ApiError 409 where that one had another body, 429 where the tenant has too many unfinished ones.
+        Its deadline counts from here; one that nobody waits for has none unless the body names it. ApiError 409 where
+        the found one had another body, 429 where the tenant has too many unfinished ones.
+        """
+        return await self._whole(self._submit(tenant, order))
+
+    async def find(self, tenant: str, key: Key) -> JobRecord | None:
+        """The job that a key stands for; a key whose job failed by no fault of the client's stands for none.
+
+        ApiError 409 where it was used with another body.
         """
         await self._recover()
-        async with self._accepting:
-            if key is None:
-                return await self._find_or_accept(tenant, body, job_id)
-            claim = self._claim(tenant, body, job_id, key)
-            if await asyncio.to_thread(self.claims.add, tenant, claim):
-                return await self._accept_or_release(tenant, body, claim)
-            held = await asyncio.to_thread(self.claims.get, tenant, claim.id)
-            if held.body_digest != claim.body_digest:
-                raise ApiError(
-                    409,
-                    "idempotency_mismatch",
-                    "this Idempotency-Key was used with another body; use a new key for a new request",
-                )
-            # There is no job where a replica was killed between the two.
-            return await self._find_or_accept(tenant, body, held.job_id)
+        claim = await asyncio.to_thread(self.claims.find, tenant, key.id)
+        if claim is None:
+            return None
+        try:
+            record = await self.get(tenant, claim.job_id)
+        except ApiError:
+            # A replica was killed between the two.
+            return None
+        if record.error_status >= 500:
+            return None
+        if claim.digest != key.digest:
+            raise ApiError(
+                409,
+                "idempotency_mismatch",
+                "this Idempotency-Key was used with another body; use a new key for a new request",
+            )
+        return record
 
     async def get(self, tenant: str, job_id: str) -> JobRecord:
         """A job as it is now. ApiError 404 where there is none."""
@@ -190,15 +263,7 @@ class JobRunner:
 
     async def cancel(self, tenant: str, job_id: str) -> JobRecord:
         """Ends a job; its rows leave the next step. ApiError 409 where it has ended already."""
-        await self._recover()
-        running = self._mine(tenant, job_id)
-        record = await self.get(tenant, job_id)
-        if running is None or running.task is None or record.finished:
-            raise ApiError(409, "job_finished", f"job {job_id} has {record.status}; only an unfinished one can end")
-        record.status = "cancelled"
-        running.task.cancel()
-        await self._end(running)
-        return record
+        return await self._whole(self._cancel(tenant, job_id))
 
     async def snapshot(self) -> Snapshot:
         """This replica's metrics."""
@@ -215,47 +280,97 @@ class JobRunner:
         await self._recover()
 
     async def _read_unfinished(self) -> None:
-        for tenant, record in await asyncio.to_thread(lambda: list(self.records.all())):
-            if not record.finished and not record.expired:
-                self._start(tenant, record.model_copy(update={"status": "queued", "step": 0}))
+        for tenant, record in await asyncio.to_thread(lambda: list(self._unfinished())):
+            self._start(tenant, record.model_copy(update={"status": "queued", "step": 0}))
         self._cleaner = asyncio.ensure_future(self._clean_up())
 
-    async def _find_or_accept(self, tenant: str, body: GenerationBody, job_id: str) -> JobRecord:
-        try:
-            return await self.get(tenant, job_id)
-        except ApiError:
-            return await self._accept(tenant, body, job_id)
+    def _unfinished(self) -> Iterator[tuple[str, JobRecord]]:
+        for tenant, mark in self.open.all():
+            record = self.records.find(tenant, mark.id)
+            if record is None or record.finished:
+                # A replica was killed before it wrote the one, or after it wrote the other.
+                self._forget(tenant, mark.id)
+            else:
+                yield tenant, record
 
-    def _claim(self, tenant: str, body: GenerationBody, job_id: str, key: str) -> Claim:
-        return Claim(
-            id=f"claim_{sha256(f'{tenant}/{key}'.encode()).hexdigest()[:24]}",
-            expires_at=int(time.time()) + self.config.job_ttl_s,
-            job_id=job_id,
-            body_digest=sha256(body.model_dump_json().encode()).hexdigest(),
-        )
+    async def _whole(self, work: Coroutine[Any, Any, JobRecord]) -> JobRecord:
+        """Does work to its end though whoever asked for it has left: half of it would be a job that nobody runs."""
+        task = asyncio.ensure_future(work)
+        self._kept.add(task)
+        task.add_done_callback(self._kept.discard)
+        return await asyncio.shield(task)
 
-    async def _accept_or_release(self, tenant: str, body: GenerationBody, claim: Claim) -> JobRecord:
+    async def _submit(self, tenant: str, order: Order) -> JobRecord:
+        await self._recover()
+        async with self._accepting:
+            if order.key is not None:
+                return await self.find(tenant, order.key) or await self._claim(tenant, order, order.key)
+            try:
+                return await self.get(tenant, order.job_id)
+            except ApiError:
+                return await self._accept(tenant, order)
+
+    async def _claim(self, tenant: str, order: Order, key: Key) -> JobRecord:
+        expires_at = int(time.time()) + self.config.job_ttl_s
+        claim = Claim(id=key.id, expires_at=expires_at, job_id=order.job_id, digest=key.digest)
+        await asyncio.to_thread(self.claims.put, tenant, claim)
         try:
-            return await self._accept(tenant, body, claim.job_id)
+            return await self._accept(tenant, order)
         except BaseException:
             await asyncio.to_thread(self.claims.delete, tenant, claim.id)
             raise
 
-    async def _accept(self, tenant: str, body: GenerationBody, job_id: str) -> JobRecord:
-        unfinished = sum(running.tenant == tenant for running in self._running.values())
+    async def _cancel(self, tenant: str, job_id: str) -> JobRecord:
+        await self._recover()
+        running = self._mine(tenant, job_id)
+        record = await self.get(tenant, job_id)
+        if running is None or running.task is None or record.finished:
+            raise ApiError(409, "job_finished", f"job {job_id} has {record.status}; only an unfinished one can end")
+        record.status = "cancelled"
+        running.task.cancel()
+        await self._end(running)
+        return record
+
+    async def _accept(self, tenant: str, order: Order) -> JobRecord:
+        body, waited_for = order.body, order.waited_for
+        unfinished = sum(
+            running.tenant == tenant and running.record.waited_for == waited_for for running in self._running.values()
+        )
         if unfinished >= self.config.max_jobs:
             raise ApiError(429, "too_many_jobs", f"{unfinished} jobs are unfinished, the limit; wait for some to end")
-        now = int(time.time())
+        now = time.time()
+        deadline_s = body.deadline_s or (self.config.deadline_s if waited_for else None)
         record = JobRecord(
-            id=job_id,
-            created_at=now,
-            expires_at=now + self.config.job_ttl_s,
+            id=order.job_id,
+            created_at=int(now),
+            expires_at=int(now) + self.config.job_ttl_s,
             body=body,
             seed=secrets.randbelow(2**31) if body.seed is None else body.seed,
+            encode_s=order.encode_s,
+            waited_for=waited_for,
+            due_at=None if deadline_s is None else now + deadline_s,
+            claim_id=order.key and order.key.id,
         )
-        await asyncio.to_thread(self.records.put, tenant, record)
+        await asyncio.to_thread(self._write, tenant, record, order.concept)
         self._start(tenant, record)
         return record
+
+    def _write(self, tenant: str, record: JobRecord, concept: bytes | None) -> None:
+        """The record last: a job is there once it is."""
+        self.open.put(tenant, Expiring(id=record.id, expires_at=record.expires_at))
+        if concept is not None:
+            key = self._concept_key(tenant, record.id)
+            patiently(lambda: self.store.put(key, concept))
+        self.records.put(tenant, record)
+
+    def _forget(self, tenant: str, job_id: str) -> None:
+        """Removes what a job needs until it has ended, the mark last."""
+        key = self._concept_key(tenant, job_id)
+        patiently(lambda: self.store.delete(key))
+        self.open.delete(tenant, job_id)
+
+    def _concept_key(self, tenant: str, job_id: str) -> str:
+        return self.records.key(tenant, job_id, "safetensors")
 
     def _start(self, tenant: str, record: JobRecord) -> None:
         running = _Running(tenant, record)
@@ -267,50 +382,68 @@ class JobRunner:
         return running if running is not None and running.tenant == tenant else None
 
     async def _run(self, running: _Running) -> None:
-        record = running.record
+        record, failure = running.record, None
         try:
-            async with self._places:
+            async with asyncio.timeout(record.left_s), self._turns[record.waited_for].enter(running.tenant):
                 record.status = "running"
                 running.tell()
                 with self.metrics.timed():
                     await self._generate(running)
-            record.status = "succeeded"
         except Exception as error:
-            answer = of_exception(error)
-            if answer.status == 500:
+            failure = of_exception(error)
+            if failure.status == 500:
                 logger.exception("job %s failed", record.id)
-            record.status, record.error, record.error_status = "failed", answer.body.error, answer.status
+        if record.finished:
+            # It was cancelled, and what tells so may not reach here as CancelledError.
+            return
+        if failure is None:
+            record.status = "succeeded"
+        else:
+            record.status, record.error, record.error_status = "failed", failure.body.error, failure.status
         await self._end(running)
 
     async def _generate(self, running: _Running) -> None:
-        record = running.record
+        failures = 0
         while True:
+            begun = False
             try:
-                async for event in self.stages.generate(
-                    Work.of(
-                        running.tenant, record.body, seed=record.seed, deadline_s=record.body.deadline_s, progress=True
-                    )
-                ):
-                    await self._take(running, event)
+                work = await self._work(running)
+                async with aclosing(self.stages.generate(work)) as events:
+                    async for event in events:
+                        begun = True
+                        await self._take(running, event)
                 return
             except Exception as error:
-                if of_exception(error).status not in RETRIED:
+                failures += begun
+                if of_exception(error).status not in RETRIED or failures == MAX_FAILURES:
                     raise
                 await asyncio.sleep(RETRY_S)
 
+    async def _work(self, running: _Running) -> Work:
+        record, concept = running.record, None
+        if isinstance(record.body, EditForm):
+            concept = await asyncio.to_thread(self.store.get, self._concept_key(running.tenant, record.id))
+        details = {"seed": record.seed, "deadline_s": record.left_s, "progress": True}
+        return Work.of(running.tenant, record.body, concept=concept, **details)
+
     async def _take(self, running: _Running, event: Event) -> None:
+        """Keeps what is new: whatever is begun again tells the same once more."""
         record = running.record
         if isinstance(event, Begun):
             if record.begun is not None:
                 return
             record.begun, record.steps = event, event.parameters.num_inference_steps * record.body.n
         elif isinstance(event, Step):
+            step = (event.image_index, event.step, event.preview is not None)
+            if step in running.steps:
+                return
+            running.steps.add(step)
             record.step += event.preview is None
         elif any(event.image_index == each.image_index for each in record.pictures):
             return
         else:
             name = f"{record.id}-{event.image_index}.{record.body.output_format}"
-            await asyncio.to_thread(self.pictures.put, running.tenant, name, event.data)
+            await self._stored(running, partial(self.pictures.put, running.tenant, name, event.data))
             known = {"image_index": event.image_index, "seed": event.seed, "name": name}
             record.pictures.append(JobPicture(**known, queue_s=event.queue_s, generate_s=event.generate_s))
         running.tell(event)
@@ -319,15 +452,17 @@ class JobRunner:
         record = running.record
         record.seconds = time.time() - record.created_at
         record.pictures.sort(key=lambda each: each.image_index)
-        await self._keep(running)
+        await self._stored(running, partial(self.records.put, running.tenant, record))
+        await self._stored(running, partial(self._forget, running.tenant, record.id))
         self._running.pop(record.id, None)
+        running.over = True
         running.tell()
 
-    async def _keep(self, running: _Running) -> None:
-        """Writes a job's end, however long the store takes to come back: until then the job is not over."""
+    async def _stored(self, running: _Running, write: Callable[[], None]) -> None:
+        """Writes, however long the store takes to come back: until then the job is not over."""
         while True:
             try:
-                return await asyncio.to_thread(self.records.put, running.tenant, running.record)
+                return await asyncio.to_thread(write)
             except StorageError as error:
                 logger.warning("job %s cannot be written now: %s", running.record.id, error)
                 await asyncio.sleep(RETRY_S)
@@ -336,16 +471,22 @@ class JobRunner:
         """Deletes what has expired, again and again."""
         while True:
             try:
-                await asyncio.to_thread(self._delete_expired)
+                await asyncio.to_thread(self.concepts.delete_expired)
+                ended = await asyncio.to_thread(lambda: list(self.records.expired(self.config.job_ttl_s)))
+                async with self._accepting:
+                    await asyncio.to_thread(self._delete, ended)
+                ages = {"file": self.config.url_ttl_s, "job": self.config.job_ttl_s}
+                await asyncio.to_thread(self.pictures.delete_older, ages)
             except Exception as error:
                 logger.warning("the expired cannot be deleted now: %s", error)
-            await asyncio.sleep(CLEAN_UP_S)
+            await asyncio.sleep(self.config.clean_up_s)
 
-    def _delete_expired(self) -> None:
-        self.concepts.delete_expired()
-        for records in (self.records, self.claims):
-            records.delete_expired()
-        self.pictures.delete_older({"file": self.config.url_ttl_s, "job": self.config.job_ttl_s})
+    def _delete(self, ended: list[tuple[str, JobRecord]]) -> None:
+        for tenant, job in ended:
+            if job.claim_id is not None:
+                # Not where the key was used again since.
+                self.claims.delete_if_expired(tenant, job.claim_id)
+            self.records.delete(tenant, job.id)
 
 
 def cancelled(job_id: str) -> ApiError:

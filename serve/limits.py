@@ -1,11 +1,13 @@
-"""How much is taken on at once: refused here, before anything is done for it."""
+"""How much is taken on at once: the rest is refused before anything is done for it, or waits for its turn."""
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 from serve.errors import ApiError
 
@@ -44,3 +46,47 @@ class Gate:
         finally:
             self.taken -= places
             self._seconds += 0.1 * (time.monotonic() - started - self._seconds)
+
+
+class Turns:
+    """A number of places. Whoever finds none waits, and tenants who wait take turns, however long their queues."""
+
+    def __init__(self, places: int) -> None:
+        self._free = places
+        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
+        """Tenants in the order of their turns."""
+
+    @asynccontextmanager
+    async def enter(self, tenant: str) -> AsyncIterator[None]:
+        """A place, for as long as the block lasts."""
+        await self._take(tenant)
+        try:
+            yield
+        finally:
+            self._give()
+
+    async def _take(self, tenant: str) -> None:
+        if self._free:
+            self._free -= 1
+            return
+        turn = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(tenant, deque()).append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if not turn.cancelled():
+                self._give()
+            raise
+
+    def _give(self) -> None:
+        """Hands a place to the next tenant's first that still waits."""
+        while self._waiting:
+            tenant = next(iter(self._waiting))
+            queue = self._waiting.pop(tenant)
+            turn = queue.popleft()
+            if queue:
+                self._waiting[tenant] = queue
+            if not turn.done():
+                turn.set_result(None)
+                return
+        self._free += 1

@@ -76,10 +76,15 @@ class Records(Generic[Record]):
 
     def get(self, tenant: str, record_id: str) -> Record:
         """A record. ApiError 404 where there is none."""
-        record = self._read(self.key(tenant, record_id))
-        if record is None or record.expired:
+        record = self.find(tenant, record_id)
+        if record is None:
             raise not_found(self.kind, record_id)
         return record
+
+    def find(self, tenant: str, record_id: str) -> Record | None:
+        """A record, if there is one. ApiError 404 for text that is no id."""
+        record = self._read(self.key(tenant, record_id))
+        return None if record is None or record.expired else record
 
     def exists(self, tenant: str, record_id: str) -> bool:
         """Whether the store holds the record, expired or not."""
@@ -110,11 +115,21 @@ class Records(Generic[Record]):
             if record is not None:
                 yield key.split("/")[1], record
 
-    def delete_expired(self) -> None:
-        """Removes the records whose time is over."""
-        for tenant, record in self.all():
-            if record.expired:
-                self.delete(tenant, record.id)
+    def expired(self, ttl_s: int) -> Iterator[tuple[str, Record]]:
+        """Every tenant and record whose time is over, of records that live `ttl_s` seconds: none younger is read."""
+        for key in self._keys(f"{self.kind}s/"):
+            record_id = key.rpartition("/")[2].removesuffix(".json")
+            if not ID.fullmatch(record_id) or born_at(record_id) + ttl_s > time.time():
+                continue
+            record = self._read(key)
+            if record is not None and record.expired:
+                yield key.split("/")[1], record
+
+    def delete_if_expired(self, tenant: str, record_id: str) -> None:
+        """Removes a record whose time is over."""
+        record = self._read(self.key(tenant, record_id))
+        if record is not None and record.expired:
+            self.delete(tenant, record_id)
 
     def _keys(self, prefix: str) -> list[str]:
         return [key for key in self.store.list(prefix) if key.endswith(".json")]

@@ -25,8 +25,10 @@
     GET    /healthz, /readyz, /metrics
 
 Every request but those for the page, the signed urls' and the last line's carries "Authorization: Bearer KEY" where the
-server has keys. POST /v1/images/generations and /v1/images/jobs take the header Idempotency-Key, and only they. Every
-answer carries X-Request-ID. Every error is an ErrorBody; 429 and 503 tell in Retry-After when to come back.
+server has keys. POST /v1/images/generations, edits and jobs take the header Idempotency-Key: the same key with the same
+body, files included, is one generation and the same bytes for as long as jobs are kept; another body is 409. A failure
+of the server (5xx) is not kept: the key may be used again. POST /v1/concepts refuses the header. Every answer carries
+X-Request-ID. Every error is an ErrorBody; 429 and 503 tell in Retry-After when to come back.
 
 A stream is Server-Sent Events, `event: TYPE` and `data: JSON`, where the JSON has the same "type":
 
@@ -44,7 +46,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from instantbooth.parameters import RANGES
-from instantbooth.prompts import MAX_PROMPT_CHARS
+from instantbooth.prompts import MAX_PROMPT_CHARS, SUBJECT_FIELD
 
 MAX_IMAGES = 10
 MAX_STEPS = 200
@@ -106,11 +108,25 @@ class ImageParameters(Strict):
             raise ValueError(f"must be auto or WIDTHxHEIGHT such as 64x64, is {value!r}")
         return value
 
+    @field_validator("prompt")
+    @classmethod
+    def _prompt(cls, value: str) -> str:
+        if (count := value.count(SUBJECT_FIELD)) != 1:
+            raise ValueError(f"must hold {SUBJECT_FIELD} exactly once, where the subject belongs, not {count} times")
+        return value
+
     @field_validator("prompt", "negative_prompt")
     @classmethod
     def _text(cls, value: str | None) -> str | None:
         if value is not None and "\0" in value:
             raise ValueError("must hold no NUL character")
+        return value
+
+    @field_validator("negative_prompt")
+    @classmethod
+    def _negative_prompt(cls, value: str | None) -> str | None:
+        if value is not None and SUBJECT_FIELD in value:
+            raise ValueError(f"must not hold {SUBJECT_FIELD}; remove it")
         return value
 
     @property
@@ -303,6 +319,7 @@ class Limits(BaseModel):
     """What the server enforces."""
 
     max_body_bytes: int
+    max_json_bytes: int = Field(description="Of a body without files.")
     max_image_bytes: int
     max_image_pixels: int
     min_image_side: int

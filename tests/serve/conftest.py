@@ -82,6 +82,7 @@ def server(ray_session: None, tiny: Path, tmp_path_factory: pytest.TempPathFacto
         max_pending_images=20,
         deadline_s=60,
         sweep_s=0.5,
+        clean_up_s=0.5,
         max_body_bytes=2_000_000,
         max_image_bytes=1_000_000,
     )

@@ -15,6 +15,8 @@ import yaml
 from pydantic import ValidationError
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID
 from ray.serve.exceptions import BackPressureError
+from starlette.responses import Response
+from starlette.testclient import TestClient
 
 from instantbooth.errors import (
     DeadlineError,
@@ -32,6 +34,7 @@ from serve.errors import ApiError, of_exception
 from serve.keys import Keyring, check_local, new_key
 from serve.limits import Gate
 from serve.pictures import PictureStore
+from serve.proxy import OneShape, middlewares
 from serve.records import Expiring, Records, new_id
 from serve.scaling import ConceptRouter, QueuedWorkPolicy
 from tests.serve.works import a_work
@@ -169,6 +172,8 @@ def test_a_signed_path_ends_and_cannot_be_made_up(tmp_path: Path) -> None:
     past = int(time.time()) - 1
     with pytest.raises(ApiError, match="expired"):
         pictures.check("ada", name, past, pictures.path("ada", name, past).partition("signature=")[2])
+    with pytest.raises(ApiError, match="signature"):
+        PictureStore(FileStore(tmp_path), "another secret").check("ada", name, expires, signature)
     pictures.delete_older({"file": 3600, "job": 0})
     assert pictures.get("ada", name)
     pictures.delete_older({"file": 0, "job": 3600})
@@ -189,3 +194,36 @@ def test_records_are_pages_of_their_tenant_and_claimed_once(tmp_path: Path) -> N
         with pytest.raises(ApiError, match="no thing"):
             records.get("ada", wrong)
     assert records.add("ada", Expiring(id=f"thing_{9:024x}", expires_at=later))
+
+
+@pytest.mark.parametrize(
+    ("answer", "status", "code", "retry_after"),
+    [
+        (Response("timed out", 408), 408, "timeout", None),
+        (Response("full", 429, {"Retry-After": "7"}), 429, "overloaded", "7"),
+        (Response("no replica", 503), 503, "unavailable", "2"),
+        (Response("Traceback: secret", 500), 500, "proxy", None),
+        (None, 503, "replica_lost", "2"),
+    ],
+)
+def test_what_rays_proxy_says_by_itself_has_the_shape_of_all_errors(
+    answer: Response | None, status: int, code: str, retry_after: str | None
+) -> None:
+    async def proxy(scope: Any, receive: Any, send: Any) -> None:
+        if answer is not None:
+            await answer(scope, receive, send)
+
+    (middleware,) = middlewares()
+    found = TestClient(middleware.cls(proxy)).get("/")
+    assert (found.status_code, found.json()["error"]["code"]) == (status, code)
+    assert found.headers.get("Retry-After") == retry_after
+    assert "secret" not in found.text
+
+
+def test_rays_proxy_leaves_what_is_well_as_it_is() -> None:
+    for answer in (
+        Response("a page", media_type="text/html"),
+        Response('{"error": 1}', 404, media_type="application/json"),
+    ):
+        found = TestClient(OneShape(answer)).get("/")
+        assert (found.status_code, found.content) == (answer.status_code, answer.body)

@@ -76,7 +76,11 @@ def running(folder: Path, autoscaling: dict[str, Any]) -> Iterator[Server]:
             own = autoscaling if deployment["name"] == "DiffusionEngine" else {}
             deployment["autoscaling_config"] |= {"min_replicas": 1, "max_replicas": 1} | own
     (folder / "serve.yaml").write_text(yaml.safe_dump(config))
-    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'platform'}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": f"{ROOT / 'platform'}{os.pathsep}{ROOT}",
+        "OMP_NUM_THREADS": "1",
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.proxy:middlewares",
+    }
     command = [Path(sys.executable).parent / "serve", "run", "-a", "local", folder / "serve.yaml"]
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log)
@@ -176,6 +180,7 @@ def _with_concept(schema: dict[str, Any], concept: str) -> dict[str, Any]:
 
 
 def test_a_hundred_calls_with_one_key_are_one_generation(real: Server, concept: str) -> None:
+    wait_until(lambda: not _unfinished(real.ada), 60)
     before = metric(real, "instantbooth_requests_ended_total")
     with ThreadPoolExecutor(100) as pool:
         calls = [pool.submit(_patiently, real.ada, body(concept, num_inference_steps=STEPS), "one") for _ in range(100)]
@@ -228,6 +233,8 @@ def test_killed_replicas_cost_no_job_and_no_wrong_picture(real: Server, concept:
                 continue
             if answer.status_code == 202:
                 jobs[answer.json()["id"]] = seed
+            else:
+                assert answer.json()["error"]["message"]
             time.sleep(1)
 
     with ThreadPoolExecutor(4) as pool:
@@ -273,7 +280,8 @@ def test_overload_costs_no_throughput_and_ends_with_the_load(real: Server, conce
     wait_until(lambda: generated(real.ada, concept).status_code == 200, 10)
     wait_until(lambda: metric(real, "instantbooth_queued_work_rows") == 0, 10)
     recovery = time.monotonic() - ended
-    goodput, refusals = finished / OVERLOAD_S, sorted(tally.seconds.get(429, [0.0]))
+    goodput, refusals = finished / OVERLOAD_S, sorted(tally.seconds.get(429, []))
+    assert len(refusals) > sent / 2, "most of what is offered five times over must be refused"
     print(
         f"capacity {capacity:.2f}/s, offered {sent / OVERLOAD_S:.1f}/s, goodput {goodput:.2f}/s "
         f"({goodput / capacity:.0%}); {len(refusals)} refused in {median(refusals) * 1000:.0f} ms (median), "
@@ -282,7 +290,7 @@ def test_overload_costs_no_throughput_and_ends_with_the_load(real: Server, conce
     )
     assert set(tally.statuses) <= {200, 429}
     assert goodput >= 0.9 * capacity
-    assert refusals[int(0.99 * len(refusals))] < 0.2
+    assert refusals[-1] < 0.2
     assert memory[-1] <= 1.05 * memory[0]
     assert recovery <= 10
 
@@ -337,9 +345,16 @@ def _patiently(client: Client, wanted: dict[str, Any], key: str) -> requests.Res
             if answer.status_code == 200:
                 return answer
             assert answer.status_code in (429, 500, 503, 504), answer.text
+            assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
         except requests.RequestException:
             pass
         time.sleep(0.3)
+
+
+def _unfinished(client: Client) -> list[str]:
+    """Jobs of former tests: what they make would be counted with this one's."""
+    jobs = client("GET", "/v1/images/jobs?limit=100").json()["data"]
+    return [job["id"] for job in jobs if job["status"] in ("queued", "running")]
 
 
 def _b64(answer: dict[str, Any]) -> str:
@@ -348,6 +363,7 @@ def _b64(answer: dict[str, Any]) -> str:
 
 def _finished(client: Client, job: str) -> dict[str, Any] | None:
     answer = client("GET", f"/v1/images/jobs/{job}")
+    assert answer.status_code == 200 or answer.json()["error"]["message"]
     assert answer.status_code != 404, f"job {job} was accepted and is lost"
     found = answer.json() if answer.status_code == 200 else {"status": "unknown"}
     return found if found["status"] in ("succeeded", "failed", "cancelled") else None

@@ -1,0 +1,252 @@
+"""The ingress by itself: keys that repeat, places, refusals. Only the stages are scripted; jobs and store are real."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+
+from serve.api import Api, build_app
+from serve.config import ServeConfig
+from serve.jobs import JobRunner
+from serve.keys import LOCAL
+from serve.messages import Encoded, Event, Upload, Work
+from tests.serve.scripted import BEGUN, Diffusion, Local, Script, denoised, endless
+
+CONCEPT = Encoded(data=b"tensors", digest="", num_images=1)
+GENERATIONS, EDITS, JOBS = (f"/v1/images/{name}" for name in ("generations", "edits", "jobs"))
+
+
+class Encoder:
+    """The first stage."""
+
+    def __init__(self) -> None:
+        self.uploads: list[Upload] = []
+
+    async def encode(self, upload: Upload) -> Encoded:
+        self.uploads.append(upload)
+        return CONCEPT
+
+
+class Endpoint:
+    """An ingress with everything behind it, and a client of it."""
+
+    def __init__(self, store: Path, *scripts: Script, **settings: Any) -> None:
+        config = ServeConfig(store=str(store), **settings)
+        self.encoder, self.diffusion = Encoder(), Diffusion(*scripts)
+        stages = Local(self.encoder), Local(self.diffusion)
+        self.jobs = JobRunner(config, *stages)
+        self.api = Api(config, *stages, Local(self.jobs))
+        transport = httpx.ASGITransport(build_app(self.api), raise_app_exceptions=False)
+        self.client = httpx.AsyncClient(transport=transport, base_url="http://localhost")
+        record = self.api.concepts.add(LOCAL, CONCEPT, class_noun="person", name=None, consent=None, ttl_s=60)
+        self.body = {"prompt": "a {subject}", "concept": record.id}
+
+    async def post(self, path: str, key: str | None = None, **changes: Any) -> httpx.Response:
+        headers = {} if key is None else {"Idempotency-Key": key}
+        return await self.client.post(path, json=self.body | changes, headers=headers)
+
+    async def edit(self, photo: bytes, key: str | None = None, **fields: str) -> httpx.Response:
+        headers = {} if key is None else {"Idempotency-Key": key}
+        fields = {"prompt": "a {subject}"} | fields
+        return await self.client.post(EDITS, files={"image": photo}, data=fields, headers=headers)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., None]:
+    """Runs a test against an endpoint with these scripts and settings."""
+
+    def run(test: Callable[[Endpoint], Awaitable[None]], *scripts: Script, **settings: Any) -> None:
+        async def within() -> None:
+            async with asyncio.timeout(20):
+                await test(Endpoint(tmp_path, *scripts, **settings))
+
+        asyncio.run(within())
+
+    return run
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.005)
+
+
+async def broken(work: Work) -> AsyncIterator[Event]:
+    yield BEGUN
+    raise KeyError("of the inside")
+
+
+def test_a_repeated_key_needs_neither_a_place_nor_the_concept(run: Callable[..., None]) -> None:
+    async def test(endpoint: Endpoint) -> None:
+        first = await endpoint.post(GENERATIONS, "k")
+        assert first.status_code == 200
+        holding = asyncio.ensure_future(endpoint.post(GENERATIONS))
+        await until(lambda: endpoint.api.gate.taken == 1)
+        await endpoint.client.delete(f"/v1/concepts/{endpoint.body['concept']}")
+        assert (await endpoint.post(GENERATIONS)).status_code == 429
+        again = await endpoint.post(GENERATIONS, "k")
+        assert (again.status_code, again.content) == (200, first.content)
+        assert (await endpoint.post(GENERATIONS, "k", stream=True)).status_code == 409, "it is another body"
+        holding.cancel()
+
+    run(test, denoised, endless, max_pending_images=1)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_failure_of_the_server_is_not_kept_for_the_key(run: Callable[..., None], stream: bool) -> None:
+    async def test(endpoint: Endpoint) -> None:
+        assert (await endpoint.post(GENERATIONS, "k")).status_code == 500
+        assert (await endpoint.post(GENERATIONS, "k", stream=stream)).status_code == 200
+        assert (await endpoint.post(GENERATIONS, "k", stream=stream, seed=1)).status_code == 409
+
+    run(test, broken, denoised)
+
+
+def test_a_stream_with_a_key_takes_places_until_its_client_leaves(run: Callable[..., None]) -> None:
+    async def test(endpoint: Endpoint) -> None:
+        stream = asyncio.ensure_future(endpoint.post(GENERATIONS, "k", stream=True, n=2))
+        await until(lambda: bool(endpoint.diffusion.works))
+        assert endpoint.api.gate.taken == 2
+        refused = await endpoint.post(GENERATIONS, "another")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "overloaded")
+        stream.cancel()
+        await until(lambda: endpoint.api.gate.taken == 0)
+
+    run(test, endless, max_pending_images=2)
+
+
+def test_an_edit_with_a_key_is_made_once(run: Callable[..., None], tmp_path: Path) -> None:
+    async def test(endpoint: Endpoint) -> None:
+        first, again = await endpoint.edit(b"photo", "k"), await endpoint.edit(b"photo", "k")
+        assert (first.status_code, first.content) == (200, again.content)
+        assert first.json()["concept"]["id"] is None
+        assert (len(endpoint.encoder.uploads), len(endpoint.diffusion.works)) == (1, 1)
+        assert endpoint.diffusion.works[0].concept == CONCEPT.data
+        for changed in (endpoint.edit(b"another", "k"), endpoint.edit(b"photo", "k", seed="1")):
+            assert (await changed).json()["error"]["code"] == "idempotency_mismatch"
+        assert not [*tmp_path.glob("jobs/*/*.safetensors")], "its concept is not kept"
+        streamed = await endpoint.edit(b"photo", "streamed", stream="true")
+        assert "event: image_edit.completed" in streamed.text
+
+    run(test, denoised)
+
+
+def test_an_edit_is_refused_before_anything_is_encoded_and_has_its_own_deadline(run: Callable[..., None]) -> None:
+    async def slowly(upload: Upload) -> Encoded:
+        await asyncio.sleep(0.2)
+        return CONCEPT
+
+    async def test(endpoint: Endpoint) -> None:
+        holding = asyncio.ensure_future(endpoint.post(GENERATIONS))
+        await until(lambda: endpoint.api.gate.taken == 1)
+        assert (await endpoint.edit(b"photo")).status_code == 429
+        assert (await endpoint.edit(b"photo", "k")).status_code == 429
+        assert not endpoint.encoder.uploads
+        holding.cancel()
+        await until(lambda: endpoint.api.gate.taken == 0)
+        endpoint.encoder.encode = slowly
+        late = await endpoint.edit(b"photo", deadline_s="0.05")
+        assert (late.status_code, len(endpoint.diffusion.works)) == (504, 1)
+
+    run(test, endless, max_pending_images=1)
+
+
+@pytest.mark.parametrize(
+    ("status", "wrong"),
+    [
+        (422, {"size": "33x32"}),
+        (422, {"size": "800x32"}),
+        (422, {"prompt": "a beach"}),
+        (422, {"prompt": "{subject} {subject}"}),
+        (422, {"prompt": "a {subject}", "negative_prompt": "no {subject}"}),
+        (422, {"prompt": "very " * 75 + "old {subject}"}),
+        (404, {"concept": "concept_000000000000000000000000"}),
+    ],
+)
+def test_what_cannot_be_made_is_not_accepted_as_a_job(
+    run: Callable[..., None], status: int, wrong: dict[str, Any]
+) -> None:
+    async def test(endpoint: Endpoint) -> None:
+        for path, key in ((JOBS, None), (GENERATIONS, "k")):
+            answer = await endpoint.post(path, key, **wrong)
+            assert answer.status_code == status, answer.text
+        assert (await endpoint.client.get(JOBS)).json()["data"] == []
+        assert (await endpoint.post(JOBS)).status_code == 202
+
+    run(test, denoised)
+
+
+def test_a_client_that_sends_its_photos_too_slowly_is_told_so(run: Callable[..., None]) -> None:
+    async def drops() -> AsyncIterator[bytes]:
+        yield b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
+        while True:
+            yield b"a"
+            await asyncio.sleep(0.05)
+
+    async def test(endpoint: Endpoint) -> None:
+        headers = {"Content-Type": "multipart/form-data; boundary=x"}
+        for path in ("/v1/concepts", EDITS):
+            answer = await endpoint.client.post(path, content=drops(), headers=headers)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (408, "upload_timeout")
+        assert endpoint.api.uploads.taken == 0
+
+    run(test, denoised, upload_s=0.2)
+
+
+def test_a_long_json_body_is_refused_before_it_has_arrived(run: Callable[..., None]) -> None:
+    sent = 0
+
+    async def spaces() -> AsyncIterator[bytes]:
+        nonlocal sent
+        for _ in range(1000):
+            sent += 10_000
+            yield b" " * 10_000
+
+    async def test(endpoint: Endpoint) -> None:
+        limit = (await endpoint.client.get("/v1/models/instantbooth")).json()["limits"]["max_json_bytes"]
+        answer = await endpoint.client.post(GENERATIONS, content=spaces(), headers={"Content-Type": "application/json"})
+        assert answer.status_code == 413
+        assert sent <= limit + 20_000
+
+    run(test, denoised)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_defect_is_counted_and_logged_once(run: Callable[..., None], stream: bool) -> None:
+    logged: list[logging.LogRecord] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            logged.append(record)
+
+    handler = Handler(logging.ERROR)
+
+    async def test(endpoint: Endpoint) -> None:
+        answer = await endpoint.post(GENERATIONS, stream=stream)
+        assert '"code":"internal"' in answer.text
+        assert "of the inside" not in answer.text
+        assert endpoint.api.metrics.rejections.labels("internal")._value.get() == 1
+
+    logging.getLogger("ray.serve").addHandler(handler)
+    try:
+        run(test, broken)
+    finally:
+        logging.getLogger("ray.serve").removeHandler(handler)
+    assert [record.getMessage() for record in logged] == ["a request failed"]
+    assert "KeyError" in logging.Formatter().formatException(logged[0].exc_info)
+
+
+def test_a_url_outlives_its_replica_where_the_secret_is_configured(run: Callable[..., None], tmp_path: Path) -> None:
+    async def test(endpoint: Endpoint) -> None:
+        secrets: list[tuple[str | None, int]] = [("s" * 32, 200), ("t" * 32, 401), (None, 401)]
+        url = (await endpoint.post(GENERATIONS, response_format="url")).json()["data"][0]["url"]
+        for secret, status in secrets:
+            another = Endpoint(tmp_path, denoised, url_secret=secret)
+            assert (await another.client.get(url)).status_code == status
+
+    run(test, denoised, url_secret="s" * 32)
