@@ -60,8 +60,11 @@ def ending() -> Iterator[None]:
 
 
 @contextmanager
-def following(title: str, total: int, look: Callable[[], tuple[int, str]]) -> Iterator[None]:
-    """A progress bar for work done elsewhere: `look` tells how much is done, and a word on it, once a second."""
+def following(title: str, total: int, look: Callable[[], tuple[int, str]], *, done: int = 0) -> Iterator[None]:
+    """A progress bar for work done elsewhere: `look` tells how much is done, and a word on it, once a second.
+
+    `done` is what an earlier run did: the time that is left is not reckoned by it.
+    """
     finished = threading.Event()
 
     def follow(progress: Progress, bar: TaskID) -> None:
@@ -71,7 +74,7 @@ def following(title: str, total: int, look: Callable[[], tuple[int, str]]) -> It
 
     columns = (TextColumn("{task.description:12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[word]}")) as progress:
-        bar = progress.add_task(title, total=total, word="")
+        bar = progress.add_task(title, total=total, completed=done, word="")
         follower = threading.Thread(target=follow, args=(progress, bar), daemon=True)
         follower.start()
         try:

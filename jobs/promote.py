@@ -58,11 +58,11 @@ def promote(config: PromoteConfig) -> Decision:
     """Examines both versions on the same identities, prompts and seeds, and moves the alias if no gate fails.
 
     What is promoted is the version that was examined, whatever the candidate's alias names by then. Raises WeightsError
-    where there is no candidate.
+    where there is no candidate, TrackingError where the registry could not be asked: then no alias moves.
     """
     registry = Registry(config.tracking_uri)
     candidate = registry.version(config.candidate)
-    champion = registry.champion()
+    champion = registry.find(CHAMPION)
     figures = {"candidate": _figures(config, candidate)}
     if champion is not None:
         same = champion.number == candidate.number

@@ -6,40 +6,35 @@ stop (SIGTERM saves first). `python -m jobs.train miniature --help` lists every 
 
 from __future__ import annotations
 
-import logging
-import os
-import platform
 import signal
-import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import ray
 import ray.train
-import torch
 import tyro
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import WorkerGroupError
 from rich.console import Console
 
-from instantbooth.errors import InstantBoothError, ParameterError, StoppedError, TrackingError, TrainingError
+from instantbooth.errors import InstantBoothError, ParameterError, StoppedError, TrainingError
+from instantbooth.model.base import locate
+from instantbooth.presets import model_parts
+from instantbooth.prompts import PLACEHOLDER_TOKEN
 from instantbooth.storage import FileStore, open_store, patiently
-from instantbooth.tracking import TrackedRun, open_run, reporting
 from instantbooth.training.adapters import AdapterTrainingConfig, ExamplePreparer
-from instantbooth.training.checkpoints import log_lines
 from instantbooth.training.session import WEIGHTS, check_order
 from jobs import cli
-from jobs.cluster import ROOT, ray_cluster
+from jobs.cluster import ray_cluster
+from jobs.tracked import Tracking
 from pipelines.feed import Shards
 from pipelines.model import ModelConfig
-from pipelines.trainer import LOG, PICTURES, Ending, Monitor, TrainConfig, TrainingJob, ValidationConfig, train_worker
+from pipelines.trainer import Ending, Monitor, TrainConfig, TrainingJob, ValidationConfig, train_worker
 
 PRESETS = {
     "miniature": (
@@ -74,8 +69,6 @@ PRESETS = {
     ),
 }
 
-log = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True, kw_only=True)
 class TrainReport:
@@ -100,20 +93,24 @@ def train(config: TrainConfig) -> TrainReport:
     shards = Shards.of(config.data)
     check_cluster(config)
     done = _done(config, shards)
+    if config.precomputed:
+        parts = model_parts(config.model.base, None, config.model.image_encoder, None)
+        shards.check_precomputed(locate(parts.base), PLACEHOLDER_TOKEN)
     booth = config.start(device="cpu")
     preparer = ExamplePreparer(
         tokenizer=booth.base.tokenizer,
         image_size=booth.base.image_size,
         latent_size=int(booth.base.unet.config.sample_size),
         encoder_size=booth.image_encoder.size,
+        with_pixels=not config.precomputed,
     )
     job = TrainingJob(config=config, shards=shards, prepare=preparer)
-    with _tracked(config, shards):
+    with _tracked(config, shards) as tracking:
         if done < config.adapters.steps:
-            _raise_for(_fit(job))
+            _raise_for(_fit(job, done))
         step, files = _weights_of(config)
         folder = _write_weights(config, files)
-        run_id, version = _register(config, step, files, folder)
+        run_id, version = tracking.register(step, files, folder)
     return TrainReport(
         run_name=config.run.rpartition("/")[2], run_id=run_id, weights=version, folder=folder, steps=step
     )
@@ -122,11 +119,16 @@ def train(config: TrainConfig) -> TrainReport:
 def check_cluster(config: TrainConfig) -> None:
     """Raises ParameterError where the cluster will never have what was asked for: Ray would wait for it in silence."""
     have = ray.cluster_resources()
-    for resource, wanted in (("CPU", config.workers), ("GPU", config.workers * config.gpus_per_worker)):
-        if have.get(resource, 0) < wanted:
-            raise ParameterError(
-                f"training asks for {wanted} {resource}, the cluster has {have.get(resource, 0):g}; lower workers"
-            )
+    gpus, found = config.workers * config.gpus_per_worker, have.get("GPU", 0)
+    if found < gpus:
+        scaling = "" if found else "; one that scales up from none must keep that many running (minReplicas)"
+        raise ParameterError(f"training asks for {gpus} GPU, the cluster has {found:g}; lower workers{scaling}")
+    held = 0 if config.gpus_per_worker else config.workers
+    if (cpus := have.get("CPU", 0)) < held + 1:
+        raise ParameterError(
+            f"training asks for {held + 1} CPU, {held} for workers and one for the feed that prepares their examples; "
+            f"the cluster has {cpus:g}; lower workers"
+        )
 
 
 class _InterruptibleTrainer(TorchTrainer):
@@ -136,10 +138,10 @@ class _InterruptibleTrainer(TorchTrainer):
         pass
 
 
-def _fit(job: TrainingJob) -> Ending:
+def _fit(job: TrainingJob, done: int) -> Ending:
     """Runs the workers, restarted as often as max_failures says; a bar follows them."""
     config = job.config
-    monitor = ray.remote(Monitor).options(num_cpus=0).remote()
+    monitor = ray.remote(Monitor).options(num_cpus=0).remote(done)
     # Ray Train's own folder stays empty: checkpoints are the run's, and it would resume no data position.
     with tempfile.TemporaryDirectory() as scratch, _asked_to_stop(monitor):
         trainer = _InterruptibleTrainer(
@@ -156,7 +158,7 @@ def _fit(job: TrainingJob) -> Ending:
                 logging_config=LoggingConfig(log_level="ERROR"),
             ),
         )
-        with cli.following("training", config.adapters.steps, lambda: ray.get(monitor.progress.remote())):
+        with cli.following("training", config.adapters.steps, lambda: ray.get(monitor.progress.remote()), done=done):
             try:
                 return trainer.fit().return_value
             except WorkerGroupError as error:
@@ -233,84 +235,19 @@ def _write_weights(config: TrainConfig, files: dict[str, bytes]) -> str:
 
 
 @contextmanager
-def _tracked(config: TrainConfig, shards: Shards) -> Iterator[None]:
+def _tracked(config: TrainConfig, shards: Shards) -> Iterator[Tracking]:
     """Opens the run in MLflow and ends it as the training ended; without MLflow the training runs all the same."""
-    try:
-        with reporting(config.model.tracking_uri):
-            run: TrackedRun | None = open_run(config.model.tracking_uri, config.run, artifacts=config.artifacts)
-            run.log_parameters(_flat(asdict(config)) | {"dataset_digest": shards.digest})
-            run.tag(_provenance())
-    except TrackingError as error:
-        log.warning("%s; training goes on, and its metrics are delivered when it is back", error)
-        run = None
+    tracking = Tracking(config)
+    tracking.begin(shards)
     status = "FAILED"
     try:
-        yield
+        yield tracking
         status = "FINISHED"
     except (KeyboardInterrupt, StoppedError):
         status = "KILLED"
         raise
     finally:
-        try:
-            with reporting(config.model.tracking_uri):
-                run = run or open_run(config.model.tracking_uri, config.run, artifacts=config.artifacts)
-                _deliver(config, run)
-                run.end(status)
-        except TrackingError as error:
-            log.warning("%s; what it missed is in %s/%s, and the same command delivers it", error, config.output, LOG)
-
-
-def _deliver(config: TrainConfig, run: TrackedRun) -> None:
-    """Logs what the training's own log has and the run has not."""
-    store = open_store(config.output)
-    run.deliver({step: line["metrics"] for step, line in log_lines(store, LOG).items()})
-    missing = set(store.list(f"{PICTURES}/")) - run.kept(PICTURES)
-    run.keep({key: patiently(partial(store.get, key)) for key in missing})
-
-
-def _register(config: TrainConfig, step: int, files: dict[str, bytes], folder: str) -> tuple[str, str]:
-    """MLflow's run and the version of the model; empty and the folder where MLflow cannot be had."""
-    try:
-        with reporting(config.model.tracking_uri), tempfile.TemporaryDirectory() as scratch:
-            run = open_run(config.model.tracking_uri, config.run, artifacts=config.artifacts)
-            for name, data in files.items():
-                (Path(scratch) / name).write_bytes(data)
-            run.tag({"checkpoints": f"{config.output}/checkpoints", "weights": folder})
-            model = {"base": config.model.base, "image_encoder": config.model.image_encoder}
-            return run.run_id, run.register(Path(scratch), step=step, **model)
-    except TrackingError as error:
-        log.warning("%s; the weights are not registered, and the same command registers them", error)
-        return "", folder
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, object]:
-    """Nested options by dotted names."""
-    flat: dict[str, object] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
-
-
-def _provenance() -> dict[str, object]:
-    """Which code, on which machine."""
-    return {
-        "code": _revision(),
-        "machine": f"{platform.node()}, {platform.processor() or platform.machine()}",
-        "torch": torch.__version__,
-        "ray": ray.__version__,
-    }
-
-
-def _revision() -> str:
-    # An image has no repository: its build says what it holds.
-    if built_from := os.environ.get("CODE_REVISION"):
-        return built_from
-    command = ["git", "describe", "--always", "--dirty"]
-    try:
-        said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "not under version control"
-    return said.stdout.strip()
+        tracking.end(status)
 
 
 def run(config: TrainConfig) -> TrainReport:

@@ -10,10 +10,13 @@ from __future__ import annotations
 import functools
 import io
 import json
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,12 +25,15 @@ import pyarrow.parquet as pq
 import ray.data
 import torch
 from numpy.typing import NDArray
+from ray import cloudpickle
 from torch import Tensor
 
-from instantbooth.errors import MissingObjectError, StorageError, TrainingError
+from instantbooth.errors import InputError, MissingObjectError, StorageError, TrainingError
 from instantbooth.images import decode_image
 from instantbooth.storage import open_store, patiently, read_uri
-from instantbooth.training.order import LANES, SampleOrder
+from instantbooth.training.adapters import unpacked
+from instantbooth.training.order import SampleOrder
+from pipelines.curation.precompute import Precomputed
 from pipelines.curation.shards import TRAIN
 from pipelines.ingest import MANIFEST
 
@@ -37,9 +43,11 @@ TASK_BYTES = 16 * 2**20
 MAX_ROWS_PER_TASK = 256
 SEGMENT_TASKS = 512
 """Tasks of one Ray Data execution. Planning more takes long; starting the next takes seconds, so not fewer either."""
-PREFETCHED_BATCHES = 2
-SHARDS_HELD = LANES + 8
-"""Shards that a process keeps in memory: those its lanes are reading, and some that begin."""
+PREFETCHED_TASKS = 2
+TASK_CPUS = 0.5
+"""Claimed by each task: on the one CPU that training leaves to it at least, the feed makes two at a time."""
+HELD_BYTES = 512 * 2**20
+"""Of shards, in a process. Its lanes read LANES at a time: with less room than these take they are read over again."""
 PRECOMPUTED = ("latents", "prompt_embeds")
 
 
@@ -49,24 +57,49 @@ class Shards:
 
     uris: tuple[str, ...]
     rows: tuple[int, ...]
-    digest: str
-    """Of the split's content: the SHA-256 of the shards' digests."""
+    digests: tuple[str, ...]
+    """SHA-256 of each."""
+    precomputed: Precomputed | None = None
+    """What made the latents and prompt embeddings in them; None where there are none."""
+
+    @property
+    def digest(self) -> str:
+        """Of the split's content: the SHA-256 of the shards' digests."""
+        return sha256("".join(self.digests).encode()).hexdigest()
 
     @classmethod
     def of(cls, dataset: str, split: str = TRAIN) -> Shards:
         """Reads the manifest in an ingestion's output folder. StorageError where there is none."""
         store = open_store(dataset)
         try:
-            files = json.loads(patiently(partial(store.get, MANIFEST)))["files"]
+            manifest = json.loads(patiently(partial(store.get, MANIFEST)))
         except MissingObjectError as error:
             raise StorageError(f"there is no {MANIFEST} in {dataset}; point to an ingestion that finished") from error
-        chosen = [entry for entry in files if entry["split"] == split and entry["rows"]]
-        content = "".join(entry["sha256"] for entry in chosen)
+        chosen = [entry for entry in manifest["files"] if entry["split"] == split and entry["rows"]]
+        made_by = manifest.get("precomputed")
         return cls(
             uris=tuple(store.uri(entry["key"]) for entry in chosen),
             rows=tuple(entry["rows"] for entry in chosen),
-            digest=sha256(content.encode()).hexdigest(),
+            digests=tuple(entry["sha256"] for entry in chosen),
+            precomputed=Precomputed(**made_by) if made_by else None,
         )
+
+    def first_rows(self) -> Iterator[dict[str, Any]]:
+        """The rows in their order, columns of SCHEMA and what was precomputed."""
+        for uri, digest in zip(self.uris, self.digests, strict=True):
+            yield from _table(uri, digest).to_pylist()
+
+    def check_precomputed(self, base: Path, placeholder: str) -> None:
+        """TrainingError unless this base and word made the latents and prompt embeddings in the shards."""
+        if self.precomputed is None:
+            raise TrainingError("the shards hold nothing precomputed; ingest with precompute, or train without")
+        if self.precomputed.placeholder != placeholder:
+            raise TrainingError(
+                f"the shards were precomputed with the placeholder {self.precomputed.placeholder!r}, training says "
+                f"{placeholder!r}; ingest again with rules.placeholder {placeholder}"
+            )
+        if self.precomputed != Precomputed.by(base, placeholder):
+            raise TrainingError(f"the shards were precomputed by another base than {base}; ingest again with that base")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,22 +133,31 @@ class TrainingFeed:
         for segment in range(start, stop, SEGMENT_TASKS * steps_per_task):
             end = min(stop, segment + SEGMENT_TASKS * steps_per_task)
             pipeline = self._pipeline(segment, end, steps_per_task, rank, world)
-            for batch in pipeline.iter_torch_batches(batch_size=share, prefetch_batches=PREFETCHED_BATCHES):
-                due = order.batch(step, self.batch_size, rank=rank, world=world)
-                if batch["position"].tolist() != list(due):
-                    raise TrainingError(
-                        f"step {step} got samples {batch['position'].tolist()} where {due} are due; run the same "
-                        "command again"
-                    )
-                yield batch
-                step += 1
+            for block in pipeline.iter_batches(
+                batch_size=None, batch_format="numpy", prefetch_batches=PREFETCHED_TASKS
+            ):
+                for batch in _cut(block, share):
+                    due = order.batch(step, self.batch_size, rank=rank, world=world)
+                    if batch["position"].tolist() != list(due):
+                        raise TrainingError(
+                            f"step {step} got samples {batch['position'].tolist()} where {due} are due; run the same "
+                            "command again"
+                        )
+                    yield unpacked(batch)
+                    step += 1
 
     def _pipeline(self, start: int, stop: int, steps_per_task: int, rank: int, world: int) -> ray.data.Dataset:
         """steps → shards and rows → examples."""
-        ray.data.DataContext.get_current().execution_options.preserve_order = True
+        context = ray.data.DataContext.get_current()
+        context.execution_options.preserve_order = True
+        context.raise_original_map_exception = True
         tasks = -(-(stop - start) // steps_per_task)
         examples = Examples(feed=self, start=start, stop=stop, steps_per_task=steps_per_task, share=(rank, world))
-        return ray.data.range(tasks, override_num_blocks=tasks).map_batches(examples, batch_size=None)
+        # From items: a range is read by tasks of a CPU each, which would not become one with these.
+        numbers = ray.data.from_items([{"id": task} for task in range(tasks)], override_num_blocks=tasks)
+        return numbers.map_batches(
+            _made, fn_kwargs={"examples": cloudpickle.dumps(examples)}, batch_size=None, num_cpus=TASK_CPUS
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,9 +185,17 @@ class Examples:
     def at(self, order: SampleOrder, position: int) -> dict[str, Any]:
         """The example at a position of the training."""
         place = order.place(position)
-        row = _shard(self.feed.shards.uris[place.shard]).slice(place.row, 1).to_pylist()[0]
+        shards = self.feed.shards
+        uri = shards.uris[place.shard]
+        row = _shard(uri, shards.digests[place.shard]).slice(place.row, 1).to_pylist()[0]
         number = {"position": np.int64(position), "sample": np.int64(int(row["id"][:15], 16))}
-        return self._example(row, place.epoch) | number
+        try:
+            return self._example(row, place.epoch) | number
+        except InputError as error:
+            raise TrainingError(
+                f"row {row['id']} of {uri} cannot be trained on: {error}; ingest with the base that is trained, which "
+                "leaves such pairs out"
+            ) from error
 
     def _steps(self, task: int) -> tuple[int, int]:
         first = self.start + task * self.steps_per_task
@@ -160,22 +210,13 @@ class Examples:
             rng=np.random.default_rng([self.feed.seed, epoch, int(row["id"][:16], 16)]),
         )
         if self.feed.precomputed:
-            missing = [name for name in PRECOMPUTED if not row.get(name)]
-            if missing:
-                raise TrainingError(
-                    f"the shards have no {', '.join(missing)}; ingest with precompute, or train without precomputed"
-                )
-            del example["pixel_values"]
             example |= {name: np.frombuffer(row[name], np.float16) for name in PRECOMPUTED}
         return example
 
 
 def rows_per_task(image_size: int, encoder_size: int) -> int:
-    """How many examples of pictures of these sides (pixels) a task prepares: small ones are made faster than tasks.
-
-    Measured on the miniature's: at 32, a task of 30 ms, the feed made 516 samples/s where a DataLoader made 869.
-    """
-    example_bytes = 4 * 3 * (image_size**2 + encoder_size**2)
+    """How many examples of pictures of these sides (pixels) a task prepares: small ones are made faster than tasks."""
+    example_bytes = 3 * (image_size**2 + encoder_size**2)
     return max(1, min(TASK_BYTES // example_bytes, MAX_ROWS_PER_TASK))
 
 
@@ -187,14 +228,25 @@ def sample_name(sample: int) -> str:
 def first_examples(feed: TrainingFeed, count: int) -> dict[str, Tensor]:
     """The first rows of the shards as one batch, augmented the same way every time; for validation."""
     examples = Examples(feed=feed, start=0, stop=0, steps_per_task=0, share=(0, 1))
-    rows = (row for uri in feed.shards.uris for row in shard_rows(uri))
-    made = [examples._example(row, 0) for row, _ in zip(rows, range(count), strict=False)]
-    return {name: torch.from_numpy(np.stack([each[name] for each in made])) for name in made[0]}
+    made = [examples._example(row, 0) for row in islice(feed.shards.first_rows(), count)]
+    return unpacked({name: torch.from_numpy(np.stack([each[name] for each in made])) for name in made[0]})
 
 
-def shard_rows(uri: str) -> list[dict[str, Any]]:
-    """A shard's rows, columns of SCHEMA and what was precomputed."""
-    return _table(uri).to_pylist()
+def _cut(block: dict[str, NDArray[np.generic]], size: int) -> Iterator[dict[str, Tensor]]:
+    """Batches of this many rows; copies, for what Ray hands over is not to be written to."""
+    for start in range(0, len(block["position"]), size):
+        yield {name: torch.tensor(values[start : start + size]) for name, values in block.items()}
+
+
+def _made(tasks: dict[str, NDArray[np.int64]], *, examples: bytes) -> dict[str, NDArray[np.generic]]:
+    return _unpickled(examples)(tasks)
+
+
+@functools.lru_cache(maxsize=4)
+def _unpickled(examples: bytes) -> Examples:
+    """Once in a process rather than once a task: a tokenizer takes 20 ms."""
+    made: Examples = cloudpickle.loads(examples)
+    return made
 
 
 @functools.lru_cache(maxsize=1)
@@ -202,10 +254,21 @@ def _order(rows: tuple[int, ...], seed: int) -> SampleOrder:
     return SampleOrder(rows=rows, seed=seed)
 
 
-@functools.lru_cache(maxsize=SHARDS_HELD)
-def _shard(uri: str) -> pa.Table:
-    return _table(uri)
+_held: OrderedDict[str, pa.Table] = OrderedDict()
 
 
-def _table(uri: str) -> pa.Table:
-    return pq.read_table(io.BytesIO(patiently(partial(read_uri, uri))))
+def _shard(uri: str, digest: str) -> pa.Table:
+    """A shard, kept in this process as long as there is room."""
+    if uri not in _held:
+        _held[uri] = _table(uri, digest)
+        while len(_held) > 1 and sum(table.nbytes for table in _held.values()) > HELD_BYTES:
+            _held.popitem(last=False)
+    _held.move_to_end(uri)
+    return _held[uri]
+
+
+def _table(uri: str, digest: str) -> pa.Table:
+    data = patiently(partial(read_uri, uri))
+    if sha256(data).hexdigest() != digest:
+        raise StorageError(f"{uri} is not what the manifest says: its SHA-256 differs; ingest again")
+    return pq.read_table(io.BytesIO(data))

@@ -33,7 +33,7 @@ from instantbooth.presets import preset
 from instantbooth.storage import FileStore, ObjectStore, S3Store, open_store, patiently
 from pipelines.curation.decisions import Decisions, Staged
 from pipelines.curation.pairs import OnPairs, Slice
-from pipelines.curation.precompute import Precomputer
+from pipelines.curation.precompute import Precomputed, Precomputer
 from pipelines.curation.report import IngestReport, report_page, summarize
 from pipelines.curation.segment import SubjectFinder, folder_digest
 from pipelines.curation.shards import Draft, load_draft, stage, staged_key, unit_key, write_draft
@@ -46,8 +46,6 @@ PAGE = "report.html"
 VERSION = 1
 """Raised when the same rules come to another outcome: nothing that an older version staged is used then."""
 READERS = 16
-COMPUTING = ("tokenizer", "text_encoder", "vae")
-"""Parts of a base that shards may be precomputed with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,12 +111,18 @@ def ingest(config: IngestConfig) -> IngestReport:
     fresh, processed = _curate(config, [unit for unit in units if unit.id(rules) not in known], rules, output)
     slices = [Staged(digest=digest, source=unit.key) for unit in units for digest in {**known, **fresh}[unit.id(rules)]]
     decisions = Decisions(config.output, slices, near_bits=config.near_bits, validation=config.validation)
-    entries = _write(config, decisions, output, present)
+    precomputed = Precomputed.by(Path(_base(config) or ""), config.rules.placeholder) if config.precompute else None
+    entries = _write(config, decisions, output, present, precomputed)
     report = summarize(decisions, entries)
     report = replace(report, processed=processed, seconds=round(time.perf_counter() - started, 1))
-    output.put(MANIFEST, _json({"version": VERSION, "rules": rules, "files": entries}))
-    output.put(PAGE, report_page(report, decisions, config.output, config.source).encode())
-    output.put(REPORT, _json(asdict(report)))
+    manifest = {"version": VERSION, "rules": rules, "precomputed": precomputed and asdict(precomputed)}
+    finished = {
+        MANIFEST: _json(manifest | {"files": entries}),
+        PAGE: report_page(report, decisions, config.output, config.source).encode(),
+        REPORT: _json(asdict(report)),
+    }
+    for key, data in finished.items():
+        patiently(partial(output.put, key, data))
     return report
 
 
@@ -195,14 +199,19 @@ def _curate(
         if not row["settled"]:
             unsettled.add(unit)
         if len(slices[unit]) == lengths.get(unit) and unit not in unsettled:
-            output.put(unit_key(unit), _json(_in_order(slices[unit])))
+            patiently(partial(output.put, unit_key(unit), _json(_in_order(slices[unit]))))
     return {unit: _in_order(numbered) for unit, numbered in slices.items()}, processed
 
 
-def _write(config: IngestConfig, decisions: Decisions, output: ObjectStore, present: set[str]) -> list[dict[str, Any]]:
+def _write(
+    config: IngestConfig,
+    decisions: Decisions,
+    output: ObjectStore,
+    present: set[str],
+    precomputed: Precomputed | None,
+) -> list[dict[str, Any]]:
     """Writes the shards that are missing; the manifest's entries of all of them, in the order of the source."""
-    base = Path(_base(config) or "")
-    extras = [config.actor_batch, *(folder_digest(base / part) for part in COMPUTING)] if config.precompute else []
+    extras = [config.actor_batch, asdict(precomputed)] if precomputed else []
     drafts = list(decisions.drafts(digest_of(config.rows_per_group, extras)))
     entries = {key: entry for key, entry in _known_entries(output).items() if key in present}
     missing = [draft for draft in drafts if not draft.keys <= entries.keys()]

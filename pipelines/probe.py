@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from itertools import islice
 
 from PIL import Image
@@ -11,7 +12,7 @@ from instantbooth import Personalizer
 from instantbooth.evaluation.miniature import Examination, draw_subjects
 from instantbooth.images import decode_image
 from instantbooth.presets import miniature_folder
-from pipelines.feed import Shards, shard_rows
+from pipelines.feed import Shards
 
 REFERENCES = 3
 PROMPTS = 2
@@ -22,13 +23,15 @@ def validation_pictures(booth: Personalizer, shards: Shards, count: int) -> Imag
 
     None where the split is empty.
     """
-    rows = list(islice((row for uri in shards.uris for row in shard_rows(uri)), count))
+    rows = list(islice(shards.first_rows(), count))
     if not rows:
         return None
     references = [decode_image(row["image"], name=row["id"]).convert("RGB") for row in rows]
     masks = [decode_image(row["mask"], name=row["id"]).convert("L") for row in rows]
+    # An ingestion may know more nouns than the model does; with a mask given, only the prompt says them.
     concepts = [
-        booth.encode([image], row["noun"], [mask]) for image, mask, row in zip(references, masks, rows, strict=True)
+        replace(booth.encode([image], masks=[mask]), class_noun=row["noun"])
+        for image, mask, row in zip(references, masks, rows, strict=True)
     ]
     pictures = booth.generate([row["caption"] for row in rows], concepts, seed=list(range(len(rows))))
     side = booth.base.image_size

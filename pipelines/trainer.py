@@ -25,15 +25,17 @@ import torch.distributed
 from torch import Tensor
 
 from instantbooth import Personalizer
-from instantbooth.errors import ParameterError
+from instantbooth.errors import InstantBoothError, ParameterError, StorageError, TrainingError
 from instantbooth.storage import ObjectStore, open_store, patiently
 from instantbooth.tracking import Delivery
 from instantbooth.training.adapters import AdapterTrainingConfig, ExamplePreparer
 from instantbooth.training.checkpoints import Checkpoints, Saver, log_bytes
+from instantbooth.training.flops import seconds_at_peak
 from instantbooth.training.session import ComputeConfig, Outcome, TrainingSession
 from pipelines.curation.shards import VALIDATION
 from pipelines.feed import Shards, TrainingFeed, first_examples, rows_per_task, sample_name
 from pipelines.model import ModelConfig
+from pipelines.pace import Pace
 from pipelines.probe import judged, png_of, validation_pictures
 
 LOG = "log/"
@@ -46,7 +48,7 @@ class ValidationConfig:
     """How often, and on how much, a training is asked whether it is learning."""
 
     every: int = 0
-    """Steps between validations; 0 for none."""
+    """Steps between validations, each of which is saved as a checkpoint; 0 for none."""
     pairs: int = 32
     """Text-image pairs of the validation split whose loss is measured at fixed noise and timesteps."""
     pictures: int = 0
@@ -87,7 +89,7 @@ class TrainConfig:
     keep_last: int = 2
     """Newest checkpoints that are kept."""
     keep_best: int = 1
-    """Checkpoints of the lowest loss (of validation, else of training) that are kept beside them."""
+    """Checkpoints of the lowest validation loss (without validation, mean training loss) that are kept beside them."""
     max_failures: int = 3
     """Times that all workers are restarted from the last checkpoint after one of them failed."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
@@ -141,9 +143,10 @@ class TrainingJob:
 class Monitor:
     """An actor between the driver and its workers: how far they are, and whether they shall stop."""
 
-    def __init__(self) -> None:
+    def __init__(self, done: int) -> None:
         self._stop = asyncio.Event()
-        self._progress = (0, "starting workers")
+        self._progress = (done, "starting workers")
+        self._failure = ""
 
     async def report(self, step: int, word: str) -> None:
         """A worker's news."""
@@ -152,6 +155,14 @@ class Monitor:
     async def progress(self) -> tuple[int, str]:
         """The latest news."""
         return self._progress
+
+    async def fail(self, reason: str) -> None:
+        """Notes what no restart will mend."""
+        self._failure = reason
+
+    async def failure(self) -> str:
+        """Why the training cannot go on; empty as long as it can."""
+        return self._failure
 
     async def stop(self) -> None:
         """Asks the workers to save and stop."""
@@ -174,8 +185,25 @@ class Ending:
 
 
 def train_worker(settings: dict[str, Any]) -> Ending:
-    """One of the workers: its share of every batch, gradients averaged over all of them."""
-    job: TrainingJob = settings["job"]
+    """One of the workers: its share of every batch, gradients averaged over all of them.
+
+    What a restart cannot mend is noted before it is raised: the others wait for this worker, and only an error ends
+    them. When all are started again, they learn it and end.
+    """
+    monitor: ray.actor.ActorHandle = settings["monitor"]
+    if failure := ray.get(monitor.failure.remote()):
+        return Ending(step=0, failure=failure)
+    try:
+        return _trained(settings["job"], monitor)
+    except StorageError:
+        raise
+    except InstantBoothError as error:
+        # Ray raises a task's error as a subclass whose text is the remote traceback; its cause is the error itself.
+        ray.get(monitor.fail.remote(str(getattr(error, "cause", error))))
+        raise
+
+
+def _trained(job: TrainingJob, monitor: ray.actor.ActorHandle) -> Ending:
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
     if device.type == "cpu":
@@ -187,19 +215,29 @@ def train_worker(settings: dict[str, Any]) -> Ending:
         fingerprint=job.config.fingerprint(job.shards),
     )
     restore(session, job.config.checkpoints())
-    worker = Worker(job, session, settings["monitor"], rank=context.get_world_rank(), world=context.get_world_size())
+    worker = Worker(job, session, monitor, rank=context.get_world_rank(), world=context.get_world_size())
     return worker.run()
 
 
 def restore(session: TrainingSession, checkpoints: Checkpoints) -> None:
-    """Takes up the newest whole checkpoint, if there is one; all workers the one that the first found."""
-    found = checkpoints.latest()
-    if torch.distributed.is_initialized():
-        chosen = [found[0].step if found else -1]
+    """Takes up the newest whole checkpoint, if there is one. The first worker searches, the others read what it found.
+
+    TrainingError where another worker cannot: workers at different steps would train apart.
+    """
+    together = torch.distributed.is_initialized()
+    found = checkpoints.latest() if not together or torch.distributed.get_rank() == 0 else None
+    chosen = [found[0].step if found else None]
+    if together:
         torch.distributed.broadcast_object_list(chosen)
-        found = checkpoints.latest(at_most=chosen[0]) if chosen[0] >= 0 else None
-    if found:
-        session.restore(found[1])
+    if chosen[0] is None:
+        return
+    files = found[1] if found else checkpoints.read(chosen[0])
+    if files is None:
+        raise TrainingError(
+            f"the checkpoint of step {chosen[0]} is whole for the first worker and damaged for another; give all of "
+            "them the same output, and run the same command again"
+        )
+    session.restore(files)
 
 
 class Worker:
@@ -218,25 +256,30 @@ class Worker:
         self.checkpoints = job.config.checkpoints()
         self.saver = Saver()
         self.lines: list[dict[str, Any]] = []
-        self.seconds = {"waiting": 0.0, "all": 0.0}
+        self.pace = Pace(batch_size=job.config.adapters.batch_size, device=session.device)
         self.reported = 0.0
+        self.counted = False
         self.validation: dict[str, Tensor] | None = None
 
     def run(self) -> Ending:
         """Trains to the last step, until it is asked to stop, or until too many batches were skipped."""
         session, steps = self.session, self.config.adapters.steps
+        batches = training_feed(self.job).batches(session.step, steps, rank=self.rank, world=self.world)
         delivery = self._delivery()
         stopping = self.monitor.stopping.remote()
         ending = Ending(step=session.step)
-        for batch in self._batches(steps):
-            outcome = session.advance(batch, stop=bool(ray.wait([stopping], timeout=0)[0]))
+        while (batch := self._next(batches)) is not None:
+            wish = bool(ray.wait([stopping], timeout=0)[0])
+            with self.pace.computing():
+                outcome = session.advance(batch, stop=wish)
             metrics = self._metrics(outcome)
-            if self.config.validation.every and session.step % self.config.validation.every == 0:
+            validates = bool(self.config.validation.every) and session.step % self.config.validation.every == 0
+            if validates:
                 metrics |= self._validate(delivery)
             self._note(batch, outcome, metrics, delivery)
             ending = self._ending(outcome)
             last = session.step == steps or ending.stopped or bool(ending.failure)
-            if session.step % self.config.checkpoint_every == 0 or last:
+            if session.step % self.config.checkpoint_every == 0 or validates or last:
                 self._save()
             if last:
                 break
@@ -246,15 +289,16 @@ class Worker:
             delivery.close()
         return ending
 
-    def _batches(self, steps: int) -> Iterator[dict[str, Tensor]]:
-        batches = training_feed(self.job).batches(self.session.step, steps, rank=self.rank, world=self.world)
-        began = time.perf_counter()
-        while (batch := next(batches, None)) is not None:
-            waited = time.perf_counter() - began
-            yield shaped(batch, self.session.booth)
-            self.seconds["waiting"] += waited
-            self.seconds["all"] += time.perf_counter() - began
-            began = time.perf_counter()
+    def _next(self, batches: Iterator[dict[str, Tensor]]) -> dict[str, Tensor] | None:
+        with self.pace.waiting():
+            batch = next(batches, None)
+        if batch is None:
+            return None
+        batch = shaped(batch, self.session.booth)
+        if not self.counted:
+            self.counted = True
+            self.pace.seconds_at_peak = seconds_at_peak(self.session, batch)
+        return batch
 
     def _metrics(self, outcome: Outcome) -> dict[str, float]:
         """What every step tells. Rates are of all steps since the last checkpoint."""
@@ -265,10 +309,7 @@ class Worker:
             for name, value in (("loss", outcome.loss), ("gradient_norm", outcome.gradient_norm))
             if math.isfinite(value)
         }
-        if (seconds := self.seconds["all"]) > 0:
-            metrics["samples_per_second"] = len(self.lines) * self.config.adapters.batch_size / seconds
-            metrics["waiting_for_data"] = self.seconds["waiting"] / seconds
-        return metrics
+        return metrics | self.pace.metrics()
 
     def _validate(self, delivery: Delivery | None) -> dict[str, float]:
         """The first worker measures, the others meet it at the next step."""
@@ -276,7 +317,7 @@ class Worker:
             return {}
         settings = self.config.validation
         if self.validation is None:
-            self.validation = validation_batch(self.job)
+            self.validation = shaped(validation_batch(self.job), self.session.booth)
         metrics = self.session.validation_loss(self.validation) if self.validation else {}
         with self.session.averaged() as booth:
             shards = Shards.of(self.config.data, VALIDATION)
@@ -316,7 +357,7 @@ class Worker:
         """Hands what is to be saved to the saver; the samples of every worker go into the log."""
         shares = _gathered([line["samples"] for line in self.lines], self.world)
         lines, self.lines = self.lines, []
-        self.seconds = {"waiting": 0.0, "all": 0.0}
+        self.pace.restart()
         if self.rank:
             return
         for number, line in enumerate(lines):
@@ -328,7 +369,15 @@ class Worker:
         if lines:
             key = f"{LOG}{lines[0]['step']:09d}-{lines[-1]['step']:09d}.jsonl"
             patiently(partial(self.store.put, key, log_bytes(lines)))
-        self.checkpoints.save(step, files(), loss=_loss_of(lines))
+        self.checkpoints.save(step, files(), loss=self._loss_of(lines))
+
+    def _loss_of(self, lines: list[dict[str, Any]]) -> float:
+        """By which the checkpoint behind these steps is compared; infinite where it cannot be."""
+        metrics = [line["metrics"] for line in lines]
+        if self.config.validation.every:
+            return metrics[-1].get("validation/loss", math.inf) if metrics else math.inf
+        losses = [each["loss"] for each in metrics if "loss" in each]
+        return sum(losses) / len(losses) if losses else math.inf
 
     def _delivery(self) -> Delivery | None:
         if self.rank:
@@ -363,19 +412,13 @@ def training_feed(job: TrainingJob) -> TrainingFeed:
 def validation_batch(job: TrainingJob) -> dict[str, Tensor]:
     """The first pairs of the validation split as one batch; empty where the split is."""
     feed = TrainingFeed(
-        shards=Shards.of(job.config.data, VALIDATION), prepare=job.prepare, seed=job.config.adapters.seed, batch_size=1
+        shards=Shards.of(job.config.data, VALIDATION),
+        prepare=job.prepare,
+        seed=job.config.adapters.seed,
+        batch_size=1,
+        precomputed=job.config.precomputed,
     )
     return first_examples(feed, job.config.validation.pairs) if feed.shards.uris else {}
-
-
-def _loss_of(lines: list[dict[str, Any]]) -> float:
-    """By which the checkpoint behind these steps is compared: the last validation's, else the mean of training."""
-    metrics = [line["metrics"] for line in lines]
-    for name in ("validation/loss", "loss"):
-        values = [each[name] for each in metrics if name in each]
-        if values:
-            return values[-1] if name == "validation/loss" else sum(values) / len(values)
-    return math.inf
 
 
 def _gathered(own: list[list[int]], world: int) -> list[list[list[int]]]:

@@ -13,7 +13,13 @@ import torch
 from torch import nn
 
 from instantbooth import Personalizer
-from instantbooth.training.adapters import AdapterObjective, AdapterTrainingConfig, ExamplePreparer, optimizer_for
+from instantbooth.training.adapters import (
+    AdapterObjective,
+    AdapterTrainingConfig,
+    ExamplePreparer,
+    optimizer_for,
+    unpacked,
+)
 from jobs.benchmarks.full_size import write_full_size
 from tests.tiny import portrait
 
@@ -57,7 +63,7 @@ def test_sd15_encodes_trains_and_samples_within_16_gb(folder: Path, capsys: pyte
     optimizer = optimizer_for(objective, objective.config)
     preparer = ExamplePreparer.for_model(str(folder), str(folder / "image_encoder"))
     example = preparer(image=images[0], mask=masks[0], caption="a {subject}", noun="cat", rng=np.random.default_rng(0))
-    batch = {name: torch.from_numpy(value)[None] for name, value in example.items()}
+    batch = unpacked({name: torch.from_numpy(value)[None] for name, value in example.items()})
     before = [adapter.gate.item() for adapter in booth.trained.adapters.values()]
     started = time.perf_counter()
     for seed in range(2):

@@ -6,13 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
 from instantbooth import Personalizer
 from instantbooth.config import GenerationDefaults
-from instantbooth.errors import WeightsError
+from instantbooth.errors import TrackingError, WeightsError
 from instantbooth.evaluation.judges import AttributeJudge, IdentityJudge
 from instantbooth.miniature.world import ATTRIBUTES
-from instantbooth.tracking import CHAMPION, Registry, open_run
+from instantbooth.tracking import CANDIDATE, CHAMPION, Registry, open_run
 from jobs.promote import PromoteConfig, judge, promote
 from serve.config import ServeConfig
 from serve.model import pinned
@@ -62,13 +64,44 @@ def test_a_candidate_becomes_champion_and_is_loaded_by_name(config: PromoteConfi
     assert registry.version(CHAMPION).number == "2"
     assert Personalizer.from_pretrained("models:/instantbooth@champion").defaults.num_inference_steps == 4
 
-    from mlflow import MlflowClient
-
     tags = (
         MlflowClient(config.tracking_uri, registry_uri=config.tracking_uri).get_model_version("instantbooth", "2").tags
     )
     assert tags["promotion"] == "promoted"
     assert "prompt_accuracy" in tags["reasons"]
+
+
+def test_a_registry_that_does_not_answer_is_not_taken_for_one_without_a_champion(
+    config: PromoteConfig, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    promote(config)
+    register(config, tiny, tmp_path, step=2)
+    look_up = MlflowClient.get_model_version_by_alias
+
+    def hiccup(client: MlflowClient, name: str, alias: str) -> object:
+        if alias == CHAMPION:
+            raise MlflowException("the database is locked")
+        return look_up(client, name, alias)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "get_model_version_by_alias", hiccup)
+        with pytest.raises(TrackingError, match="the database is locked"):
+            promote(config)
+    assert Registry(config.tracking_uri).version(CHAMPION).number == "1"
+
+
+def test_a_registration_cut_short_gets_its_alias_and_an_older_one_does_not_take_it(
+    config: PromoteConfig, tiny: Path, tmp_path: Path
+) -> None:
+    registry = Registry(config.tracking_uri)
+    register(config, tiny, tmp_path, step=2)
+    MlflowClient(config.tracking_uri, registry_uri=config.tracking_uri).set_registered_model_alias(
+        "instantbooth", CANDIDATE, "1"
+    )
+    register(config, tiny, tmp_path, step=2)
+    assert registry.version(CANDIDATE).number == "2"
+    register(config, tiny, tmp_path, step=1)
+    assert registry.version(CANDIDATE).number == "2"
 
 
 def test_a_gate_fails_where_the_candidate_is_worse_by_more_than_the_tolerance() -> None:

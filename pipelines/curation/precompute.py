@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -14,7 +15,27 @@ from instantbooth.images import decode_image
 from instantbooth.model.base import BaseModel
 from instantbooth.model.encoders import resize_to_tensor
 from instantbooth.prompts import expand, tokenize_subject
+from pipelines.curation.segment import folder_digest
 from pipelines.curation.shards import Draft
+from pipelines.curation.sources import digest_of
+
+COMPUTING = ("tokenizer", "text_encoder", "vae")
+"""Parts of a base that shards are precomputed with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precomputed:
+    """What decides the columns that are computed before: those of another base or word are of no use to a training."""
+
+    base: str
+    """Digest of the base's parts that compute."""
+    placeholder: str
+    """V̂."""
+
+    @classmethod
+    def by(cls, base: Path, placeholder: str) -> Precomputed:
+        """What this folder's model makes, with this word for the subject."""
+        return cls(base=digest_of(*(folder_digest(base / part) for part in COMPUTING)), placeholder=placeholder)
 
 
 class Precomputer:

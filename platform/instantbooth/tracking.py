@@ -7,6 +7,7 @@ and its workers can write to one run, and a step that is replayed after a failur
 from __future__ import annotations
 
 import logging
+import os
 import re
 import tempfile
 import textwrap
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from instantbooth.errors import TrackingError, WeightsError
+from instantbooth.errors import InstantBoothError, TrackingError, WeightsError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -38,9 +39,13 @@ WEIGHTS = "weights"
 OUTPUT = "instantbooth.output"
 """Tag by which the run of an output folder is found again."""
 STEP = "instantbooth.step"
+ABSENT = {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}
+"""MLflow's codes for a version or an alias that it does not have."""
 MAX_METRICS = 1000
 """MLflow takes so many in one request."""
 MAX_PAUSE_S = 30.0
+PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+"""Of MLflow's client, where the environment does not say otherwise. Seconds; a long upload may need more."""
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +83,12 @@ class TrackedRun:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        metrics = [Metric(name, value, now, step) for step, values in steps.items() for name, value in values.items()]
+        # "step" comes last: `deliver` takes a step that has it for delivered whole.
+        metrics = [
+            Metric(name, value, now, step)
+            for step, values in steps.items()
+            for name, value in sorted(values.items(), key=lambda item: item[0] == "step")
+        ]
         for start in range(0, len(metrics), MAX_METRICS):
             with reporting(self.tracking_uri):
                 _client(self.tracking_uri).log_batch(self.run_id, metrics=metrics[start : start + MAX_METRICS])
@@ -119,13 +129,20 @@ class TrackedRun:
         Returns the version's URI, such as models:/instantbooth/3. Weights of a step that are registered already are
         not registered again.
         """
+        client = _client(self.tracking_uri)
+        done = client.search_model_versions(f"run_id = '{self.run_id}'")
+        known = next((version.version for version in done if version.tags.get(STEP) == str(step)), None)
+        number = int(known or self._new_version(folder, step, base, image_encoder))
+        # A registration that was cut short has left a version without its alias.
+        candidate = Registry(self.tracking_uri).find(CANDIDATE)
+        if candidate is None or int(candidate.number) < number:
+            client.set_registered_model_alias(MODEL, CANDIDATE, str(number))
+        return f"models:/{MODEL}/{number}"
+
+    def _new_version(self, folder: Path, step: int, base: str, image_encoder: str | None) -> str:
         from mlflow.exceptions import MlflowException
 
         client = _client(self.tracking_uri)
-        done = client.search_model_versions(f"run_id = '{self.run_id}'")
-        for version in done:
-            if version.tags.get(STEP) == str(step):
-                return f"models:/{MODEL}/{version.version}"
         client.log_artifacts(self.run_id, str(folder), f"{WEIGHTS}/{step}")
         try:
             client.create_registered_model(MODEL)
@@ -134,9 +151,7 @@ class TrackedRun:
                 raise
         tags = {STEP: str(step), BASE: base, IMAGE_ENCODER: image_encoder or ""}
         source = f"{client.get_run(self.run_id).info.artifact_uri}/{WEIGHTS}/{step}"
-        number = client.create_model_version(MODEL, source, self.run_id, tags=tags).version
-        client.set_registered_model_alias(MODEL, CANDIDATE, number)
-        return f"models:/{MODEL}/{number}"
+        return str(client.create_model_version(MODEL, source, self.run_id, tags=tags).version)
 
 
 class Delivery:
@@ -227,7 +242,7 @@ def reporting(tracking_uri: str) -> Iterator[None]:
     """Raises TrackingError for whatever goes wrong between here and the server."""
     try:
         yield
-    except TrackingError:
+    except InstantBoothError:
         raise
     except Exception as error:
         # MLflow's own errors, those of its database layer and those of HTTP have no base in common.
@@ -254,7 +269,10 @@ class Version:
 
 @dataclass(frozen=True)
 class Registry:
-    """The versions of one tracking server. Every method raises WeightsError for what is not there."""
+    """The versions of one tracking server.
+
+    Every method raises WeightsError for what is not there, TrackingError where the server could not be asked.
+    """
 
     tracking_uri: str
 
@@ -262,17 +280,19 @@ class Registry:
         """The version of a number or an alias."""
         from mlflow.exceptions import MlflowException
 
-        client = _client(self.tracking_uri)
-        try:
-            numbered = which.isdigit()
-            found = (
-                client.get_model_version(name, which) if numbered else client.get_model_version_by_alias(name, which)
-            )
-        except MlflowException as error:
-            uri = f"models:/{name}/{which}" if which.isdigit() else f"models:/{name}@{which}"
-            raise WeightsError(
-                f"{uri} cannot be had from {self.tracking_uri}: {error.message}; train and register it"
-            ) from error
+        numbered = which.isdigit()
+        with reporting(self.tracking_uri):
+            client = _client(self.tracking_uri)
+            look_up = client.get_model_version if numbered else client.get_model_version_by_alias
+            try:
+                found = look_up(name, which)
+            except MlflowException as error:
+                if error.error_code not in ABSENT:
+                    raise
+                uri = f"models:/{name}/{which}" if numbered else f"models:/{name}@{which}"
+                raise WeightsError(
+                    f"{uri} cannot be had from {self.tracking_uri}: {error.message}; train and register it"
+                ) from error
         return Version(
             number=str(found.version),
             base=found.tags.get(BASE, ""),
@@ -280,21 +300,23 @@ class Registry:
             name=name,
         )
 
-    def champion(self) -> Version | None:
-        """The version that serves; None before the first promotion."""
+    def find(self, alias: str) -> Version | None:
+        """The version of an alias; None where no version has it."""
         try:
-            return self.version(CHAMPION)
+            return self.version(alias)
         except WeightsError:
             return None
 
     def point(self, alias: str, version: Version) -> None:
         """Moves an alias."""
-        _client(self.tracking_uri).set_registered_model_alias(version.name, alias, version.number)
+        with reporting(self.tracking_uri):
+            _client(self.tracking_uri).set_registered_model_alias(version.name, alias, version.number)
 
     def note(self, version: Version, **tags: str) -> None:
         """Sets tags of a version."""
-        for name, value in tags.items():
-            _client(self.tracking_uri).set_model_version_tag(version.name, version.number, name, value)
+        with reporting(self.tracking_uri):
+            for name, value in tags.items():
+                _client(self.tracking_uri).set_model_version_tag(version.name, version.number, name, value)
 
     def download(self, version: Version, folder: Path) -> Path:
         """The version's weights as a folder below `folder`."""
@@ -333,6 +355,9 @@ def resolve_version(uri: str, tracking_uri: str) -> Version:
 
 
 def _client(tracking_uri: str) -> MlflowClient:
+    # By default MLflow waits for a server that is down for minutes.
+    for name, value in PATIENCE.items():
+        os.environ.setdefault(name, value)
     from mlflow import MlflowClient
 
     # A new SQLite store narrates each of its fifty schema migrations.

@@ -25,7 +25,7 @@ from pipelines import trainer
 
 PLACES = {
     "step": (TrainingSession, "advance"),
-    "gradient": (TrainingSession, "_gradient"),
+    "gradient": (TrainingSession, "gradient"),
     "average": (TrainingSession, "_average"),
     "snapshot": (TrainingSession, "snapshot"),
     "save": (Checkpoints, "save"),

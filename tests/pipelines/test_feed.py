@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
 import torch
 
-from instantbooth.errors import StorageError
+from instantbooth.errors import StorageError, TrainingError
+from instantbooth.prompts import PLACEHOLDER_TOKEN
 from instantbooth.storage import FileStore
 from instantbooth.training.adapters import ExamplePreparer
+from pipelines import feed
+from pipelines.curation.precompute import Precomputed
 from pipelines.feed import Shards, TrainingFeed, sample_name
 from tests.curated import write_curated
 
@@ -19,23 +23,61 @@ ROWS = 20
 @pytest.mark.usefixtures("ray_session")
 def test_a_feed_taken_up_later_or_shared_gives_the_same_batches(tmp_path: Path, tiny: Path) -> None:
     ids = write_curated(FileStore(tmp_path), ROWS)
-    feed = TrainingFeed(
+    training = TrainingFeed(
         shards=Shards.of(str(tmp_path)),
         prepare=ExamplePreparer.for_model(str(tiny / "base"), str(tiny / "clip")),
         seed=0,
         batch_size=8,
     )
-    whole = list(feed.batches(0, 10))
+    whole = list(training.batches(0, 10))
     assert len(whole) == 10
     samples = [sample_name(sample) for batch in whole for sample in batch["sample"].tolist()]
     for epoch in range(4):
         assert sorted(samples[ROWS * epoch : ROWS * (epoch + 1)]) == sorted(row[:15] for row in ids)
 
-    later = list(feed.batches(6, 10))
-    shares = [list(feed.batches(6, 10, rank=rank, world=2)) for rank in range(2)]
+    later = list(training.batches(6, 10))
+    shares = [list(training.batches(6, 10, rank=rank, world=2)) for rank in range(2)]
     for number, batch in enumerate(whole[6:]):
         assert all(torch.equal(batch[name], later[number][name]) for name in batch)
         assert all(torch.equal(batch[name], torch.cat([share[number][name] for share in shares])) for name in batch)
+
+
+def test_a_shard_that_was_altered_is_told(tmp_path: Path) -> None:
+    write_curated(FileStore(tmp_path), 2)
+    (path,) = (tmp_path / "train").iterdir()
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(StorageError, match=r"000\.parquet is not what the manifest says"):
+        next(Shards.of(str(tmp_path)).first_rows())
+
+
+def test_columns_of_another_base_or_word_are_refused(tmp_path: Path, tiny: Path) -> None:
+    base, store = tiny / "base", FileStore(tmp_path)
+
+    def check(precomputed: Precomputed | None) -> None:
+        write_curated(store, 1, precomputed=precomputed)
+        Shards.of(str(tmp_path)).check_precomputed(base, PLACEHOLDER_TOKEN)
+
+    with pytest.raises(TrainingError, match="nothing precomputed; ingest with precompute"):
+        check(None)
+    with pytest.raises(TrainingError, match="placeholder 'xyz', training says 'sks'"):
+        check(Precomputed.by(base, "xyz"))
+    with pytest.raises(TrainingError, match="by another base than"):
+        check(Precomputed(base="0" * 64, placeholder=PLACEHOLDER_TOKEN))
+    check(Precomputed.by(base, PLACEHOLDER_TOKEN))
+
+
+def test_what_a_process_holds_of_shards_is_bounded_by_their_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_curated(FileStore(tmp_path), 4, rows_per_shard=1)
+    shards = Shards.of(str(tmp_path))
+    monkeypatch.setattr(feed, "_held", OrderedDict())
+    held = [feed._shard(uri, digest) for uri, digest in zip(shards.uris, shards.digests, strict=True)]
+    assert list(feed._held) == list(shards.uris)
+    monkeypatch.setattr(feed, "HELD_BYTES", 2 * max(table.nbytes for table in held))
+    del feed._held[shards.uris[0]]
+    feed._shard(shards.uris[0], shards.digests[0])
+    assert list(feed._held) == [shards.uris[3], shards.uris[0]]
 
 
 def test_a_data_set_without_a_manifest_is_named(tmp_path: Path) -> None:

@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import pytest
+import ray
 from mlflow import MlflowClient
 from PIL import Image
 from safetensors.torch import load_file, save
@@ -17,15 +19,21 @@ from instantbooth.images import read_metadata
 from instantbooth.manifest import ManifestRow
 from instantbooth.miniature.samples import write_manifest, write_pairs
 from instantbooth.model.weights import CONFIG_FILE, TENSORS_FILE
-from instantbooth.storage import FileStore, read_uri
+from instantbooth.prompts import PLACEHOLDER_TOKEN
+from instantbooth.storage import FileStore, open_store, read_uri
 from instantbooth.tracking import OUTPUT, TrackedRun
 from instantbooth.training.adapters import AdapterTrainingConfig
+from instantbooth.training.checkpoints import log_lines
+from instantbooth.training.session import ComputeConfig
 from jobs.bulk import BulkConfig, run
 from jobs.train import TrainConfig, TrainReport, train
+from pipelines.curation.precompute import Precomputed
 from pipelines.ingest import IngestConfig, ingest
 from pipelines.model import ModelConfig
 from pipelines.outcome import FAILED, SUCCEEDED, SUCCESS, Outcome, PersonalizeReport
 from pipelines.personalize import OnRow, PersonalizeConfig, Pool, Tally, load_manifest, personalize
+from pipelines.trainer import LOG, PICTURES, Ending, Monitor, ValidationConfig, train_worker
+from tests.curated import write_curated
 from tests.tiny import tiny_booth, tiny_model
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -46,7 +54,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Proj
     store = FileStore(folder)
     list(write_pairs(store, "pairs", 24))
     list(write_manifest(store, "orders", subjects=3, references=2))
-    ingest(IngestConfig(source=f"{folder}/pairs", output=f"{folder}/curated", rows_per_shard=8))
+    ingest(IngestConfig(source=f"{folder}/pairs", output=f"{folder}/curated", rows_per_shard=8, validation=0.2))
     tiny = tiny_model(folder / "model")
     tiny_booth(tiny).save_weights(folder / "weights")
     model = ModelConfig(
@@ -65,6 +73,7 @@ def train_config(project: Project, steps: int) -> TrainConfig:
         model=project.model,
         artifacts=f"{project.folder}/artifacts",
         checkpoint_every=2,
+        validation=ValidationConfig(every=3, pairs=2, pictures=1),
         adapters=AdapterTrainingConfig(steps=steps, batch_size=4, warmup_steps=1),
     )
 
@@ -89,6 +98,70 @@ def test_training_changes_the_weights_and_is_tracked_and_registered(project: Pro
     assert registered.weights_digest == local.weights_digest != before.weights_digest
 
 
+def test_a_training_tells_whether_it_is_learning(project: Project, trained: TrainReport) -> None:
+    run = TrackedRun(tracking_uri=project.model.tracking_uri, run_id=trained.run_id)
+    layers = list(project.model.load(device="cpu").trained.adapters)
+    for layer in layers:
+        assert [step for step, _ in run.curve(f"gate/{layer}")] == [1, 2, 3, 4, 5]
+    buckets = [dict(run.curve(f"validation/loss_t{timestep}")) for timestep in (125, 375, 625, 875)]
+    assert [list(bucket) for bucket in buckets] == [[3]] * 4
+    assert dict(run.curve("validation/loss"))[3] == pytest.approx(sum(bucket[3] for bucket in buckets) / 4)
+    (picture,) = run.kept(PICTURES)
+    assert Image.open(BytesIO(project.store.get(f"train/short/{picture}"))).size == (32, 64)
+    speeds = dict(run.curve("samples_per_second"))
+    assert list(speeds) == [1, 2, 3, 4, 5]
+    assert min(speeds.values()) > 0, "a checkpoint must not reset it to nothing"
+    assert min(value for _, value in run.curve("peak_memory_mb")) > 100
+
+
+def test_the_best_checkpoint_is_the_one_that_was_validated(project: Project, trained: TrainReport) -> None:
+    checkpoints = train_config(project, steps=5).checkpoints()
+    assert checkpoints.steps() == [3, 4, 5], "2 and 4 were saved by their number, 3 as it was validated, 5 at the end"
+
+
+def test_a_training_stops_at_samples_that_are_no_numbers_and_names_them(project: Project) -> None:
+    base = Path(project.model.base)
+    ids = write_curated(
+        FileStore(project.folder / "poisoned"),
+        6,
+        precomputed=Precomputed.by(base, PLACEHOLDER_TOKEN),
+        latents=np.full(4 * 16 * 16, np.nan, np.float16).tobytes(),
+        prompt_embeds=np.zeros(24 * 32, np.float16).tobytes(),
+    )
+    config = replace(
+        train_config(project, steps=5),
+        data=f"{project.folder}/poisoned",
+        output=f"{project.folder}/train/poisoned",
+        precomputed=True,
+        validation=ValidationConfig(),
+        compute=ComputeConfig(max_skipped=0),
+    )
+    with pytest.raises(TrainingError, match="step 1: the loss is nan; 1 batches were skipped, at most 0 may be"):
+        train(config)
+    (line,) = log_lines(open_store(config.output), LOG).values()
+    assert line["skipped"] == "the loss is nan"
+    assert len(line["samples"]) == 4
+    assert set(line["samples"]) <= {each[:15] for each in ids}
+
+
+def test_a_pair_that_cannot_be_trained_on_ends_the_training_by_its_name(project: Project) -> None:
+    caption = "very " * 30 + "nice {subject}"
+    (name,) = write_curated(FileStore(project.folder / "overlong"), 1, caption=caption)
+    config = replace(
+        train_config(project, steps=5),
+        data=f"{project.folder}/overlong",
+        output=f"{project.folder}/train/overlong",
+    )
+    with pytest.raises(TrainingError, match=rf"^row {name} of \S*/overlong/train/000.parquet cannot be trained on"):
+        train(config)
+
+
+def test_workers_that_are_started_again_learn_what_no_restart_mends() -> None:
+    monitor = ray.remote(Monitor).options(num_cpus=0).remote(0)
+    ray.get(monitor.fail.remote("the caption is too long"))
+    assert train_worker({"job": None, "monitor": monitor}) == Ending(step=0, failure="the caption is too long")
+
+
 def test_a_run_of_the_same_name_continues_from_its_last_checkpoint(project: Project, trained: TrainReport) -> None:
     longer = train(train_config(project, steps=7))
     run = TrackedRun(tracking_uri=project.model.tracking_uri, run_id=longer.run_id)
@@ -98,12 +171,24 @@ def test_a_run_of_the_same_name_continues_from_its_last_checkpoint(project: Proj
     assert train(train_config(project, steps=7)) == longer
 
 
+def test_a_training_goes_on_where_mlflow_is_down(project: Project) -> None:
+    config = train_config(project, steps=1)
+    output, model = f"{project.folder}/train/untracked", replace(config.model, tracking_uri="http://127.0.0.1:9")
+    report = train(replace(config, output=output, model=model))
+    assert (report.steps, report.run_id, report.weights) == (1, "", f"{output}/weights")
+    assert train(replace(config, output=output)).weights.startswith("models:/instantbooth/")
+
+
 def test_what_training_cannot_have_is_refused_at_once(project: Project, trained: TrainReport) -> None:
     config = train_config(project, steps=5)
-    with pytest.raises(ParameterError, match="the cluster has 0"):
-        train(TrainConfig(**(vars(config) | {"gpus_per_worker": 1})))
+    with pytest.raises(ParameterError, match=r"asks for 2 GPU, the cluster has 0; .*minReplicas"):
+        train(replace(config, gpus_per_worker=1))
+    with pytest.raises(ParameterError, match=r"5 CPU, 4 for workers and one for the feed .* has 4; lower workers"):
+        train(replace(config, workers=4))
     with pytest.raises(TrainingError, match="batch size 4, not"):
         train(replace(config, adapters=replace(config.adapters, batch_size=8)))
+    with pytest.raises(TrainingError, match="nothing precomputed"):
+        train(replace(config, precomputed=True))
     missing = ModelConfig(**(vars(project.model) | {"weights": "models:/instantbooth@nobody"}))
     with pytest.raises(WeightsError, match="nobody"):
         train(TrainConfig(**(vars(config) | {"model": missing})))

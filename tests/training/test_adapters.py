@@ -5,11 +5,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from instantbooth.errors import ParameterError
+from instantbooth.model.encoders import resize_to_tensor
 from instantbooth.model.objective import subject_weights
-from instantbooth.training.adapters import AdapterObjective, AdapterTrainingConfig, ExamplePreparer, optimizer_for
+from instantbooth.training.adapters import (
+    AdapterObjective,
+    AdapterTrainingConfig,
+    ExamplePreparer,
+    optimizer_for,
+    unpacked,
+)
 from instantbooth.training.ema import EMA
 from tests.tiny import portrait, tiny_booth
 
@@ -22,7 +30,7 @@ def batch(tiny: Path) -> dict[str, Tensor]:
         image, mask = portrait(seed)
         rng = np.random.default_rng(seed)
         examples.append(preparer(image=image, mask=mask, caption="a photo of a {subject}", noun="cat", rng=rng))
-    return {name: torch.from_numpy(np.stack([each[name] for each in examples])) for name in examples[0]}
+    return unpacked({name: torch.from_numpy(np.stack([each[name] for each in examples])) for name in examples[0]})
 
 
 def test_gradients_reach_adapters_and_the_two_layers_and_nothing_else(tiny: Path, batch: dict[str, Tensor]) -> None:
@@ -94,9 +102,23 @@ def test_examples_hide_the_background_from_the_reference(tiny: Path) -> None:
     assert first["pixel_values"].shape == (3, 32, 32)
     assert (first["reference_pixels"] == again["reference_pixels"]).all()
     assert (first["reference_pixels"] != other["reference_pixels"]).any()
-    darkness = first["reference_pixels"].max(axis=0) < 0.02
+    darkness = first["reference_pixels"].max(axis=0) < 5
     assert darkness.mean() > 0.05
-    assert (first["pixel_values"].max(axis=0) < -0.96).mean() < 0.01
+    assert (first["pixel_values"].max(axis=0) < 5).mean() < 0.01
+
+
+def test_a_picture_that_travels_as_bytes_is_the_same_to_the_last_bit(tiny: Path) -> None:
+    image, mask = portrait(3, size=50)
+    example = ExamplePreparer.for_model(str(tiny / "base"), str(tiny / "clip"))(
+        image=image, mask=mask, caption="a {subject}", noun="person", rng=np.random.default_rng(0)
+    )
+    assert {example[name].dtype for name in ("pixel_values", "reference_pixels", "subject_mask")} == {np.dtype("uint8")}
+    numbers = unpacked({name: torch.from_numpy(value) for name, value in example.items()})
+    assert torch.equal(numbers["pixel_values"], resize_to_tensor(image, 32) * 2 - 1)
+    covered = np.asarray(mask.resize((16, 16), Image.Resampling.BOX), np.float32)[None] / 255
+    assert torch.equal(numbers["subject_mask"], torch.from_numpy(covered))
+    assert 0 <= numbers["reference_pixels"].min() < 0.02
+    assert 0.5 < numbers["reference_pixels"].max() <= 1
 
 
 def test_the_average_follows_the_parameters_and_swaps_back() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,18 @@ def test_the_last_and_the_best_stay_and_nothing_of_the_others(tmp_path: Path) ->
         "000000040",
         "000000050",
     }
+
+
+def test_damaged_ones_do_not_count_among_those_that_stay(tmp_path: Path) -> None:
+    written(tmp_path, {10: 0.1, 20: 0.2, 30: 0.3}, keep_last=3, keep_best=0)
+    for step in (20, 30):
+        (tmp_path / "checkpoints" / f"{step:09d}" / "state.pt").write_bytes(b"s" * 999 + b"t")
+    assert written(tmp_path, {40: 0.4}, keep_last=2, keep_best=0).steps() == [10, 40]
+
+
+def test_the_best_is_never_one_that_cannot_be_compared(tmp_path: Path) -> None:
+    losses = {10: math.inf, 20: 0.4, 30: math.nan, 40: math.inf, 50: math.inf}
+    assert written(tmp_path, losses, keep_last=1, keep_best=1).steps() == [20, 50]
 
 
 class Death(BaseException):

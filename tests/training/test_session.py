@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,8 @@ from torch import Tensor
 
 from instantbooth.errors import TrainingError
 from instantbooth.model.weights import load_weights
-from instantbooth.training.adapters import AdapterTrainingConfig, Draws, ExamplePreparer
+from instantbooth.training.adapters import AdapterTrainingConfig, Draws, ExamplePreparer, unpacked
+from instantbooth.training.flops import flops_of, peak_flops, seconds_at_peak
 from instantbooth.training.guard import ENOUGH, Guard
 from instantbooth.training.session import ComputeConfig, TrainingSession
 from tests.tiny import portrait, tiny_booth
@@ -33,7 +36,7 @@ def batches(tiny: Path) -> list[dict[str, Tensor]]:
             rng = np.random.default_rng(position)
             example = preparer(image=image, mask=mask, caption="a photo of a {subject}", noun="cat", rng=rng)
             rows.append(example | {"position": np.int64(position)})
-        return {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
+        return unpacked({name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]})
 
     return [batch(step) for step in range(6)]
 
@@ -168,6 +171,58 @@ def test_a_batch_that_is_no_number_changes_nothing_and_counts(
     assert trained.advance(batches[1]).skipped is None
     trained.advance(poisoned)
     assert trained.guard.exhausted
+
+
+def test_fp16_looks_for_its_scale_and_stops_where_there_is_none(tiny: Path, batches: list[dict[str, Tensor]]) -> None:
+    trained = session(tiny, ComputeConfig(precision="fp16", max_skipped=1))
+    trained.parameters[0].register_hook(lambda gradient: gradient * torch.inf)
+    reasons = []
+    while not trained.guard.exhausted:
+        assert len(reasons) < 40, "it would go on to the end"
+        reasons.append(trained.advance(batches[0]).skipped)
+    assert reasons[0] == "fp16 overflowed"
+    assert reasons[-2:] == ["the gradient's norm is nan"] * 2 or reasons[-2:] == ["the gradient's norm is inf"] * 2
+    assert reasons.count("fp16 overflowed") == len(reasons) - 2
+
+
+def test_a_long_gradient_is_scaled_down_before_it_counts(tiny: Path, batches: list[dict[str, Tensor]]) -> None:
+    clipped, free = session(tiny, clip_norm=1e-3), session(tiny, clip_norm=1e9)
+    norms = [each.advance(batches[0]).gradient_norm for each in (clipped, free)]
+    assert norms[0] == norms[1] > 1e-3
+    taken = [torch.cat([p.grad.flatten() for p in each.parameters]) for each in (clipped, free)]
+    assert float(taken[0].norm()) == pytest.approx(1e-3, rel=1e-3)
+    assert torch.allclose(taken[0] / taken[0].norm(), taken[1] / taken[1].norm(), atol=1e-5)
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
+def test_a_compiled_step_is_the_same_step(tiny: Path, batches: list[dict[str, Tensor]]) -> None:
+    plain, compiled = session(tiny), session(tiny, replace(FP32, compile=True))
+    for batch in batches[:2]:
+        outcomes = [each.advance(batch) for each in (plain, compiled)]
+        assert outcomes[1].loss == pytest.approx(outcomes[0].loss, rel=1e-4)
+        assert outcomes[1].gradient_norm == pytest.approx(outcomes[0].gradient_norm, rel=1e-3)
+
+
+def test_the_flops_of_a_step_grow_with_its_rows_and_leave_no_trace(
+    tiny: Path, batches: list[dict[str, Tensor]]
+) -> None:
+    trained = session(tiny)
+    before = parameters(trained)
+    half = {name: values[:2] for name, values in batches[0].items()}
+    whole, part = (flops_of(partial(trained.gradient, batch)) for batch in (batches[0], half))
+    assert whole == 2 * part > 0
+    assert torch.equal(parameters(trained), before)
+    assert seconds_at_peak(trained, batches[0]) is None, "a CPU's peak is nobody's to say"
+
+
+def test_a_gpus_peak_is_found_by_its_name() -> None:
+    assert peak_flops("NVIDIA H100 80GB HBM3", "bf16") == 989e12
+    assert peak_flops("NVIDIA H100 PCIe", "fp16") == 756e12
+    assert peak_flops("NVIDIA L40S", "bf16") == 362e12
+    assert peak_flops("NVIDIA L4", "bf16") == 121e12
+    assert peak_flops("NVIDIA H100 80GB HBM3", "fp32") is None
+    assert peak_flops("a card of next year", "bf16") is None
 
 
 def test_a_spike_is_told_from_the_usual() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -92,6 +93,11 @@ class Encoders(nn.Module):
 
 def resize_to_tensor(image: Image.Image, size: int) -> Tensor:
     """An RGB image, resized to a square → float [3, size, size] in 0 … 1."""
+    return torch.from_numpy(resize_to_bytes(image, size)).float() / 255
+
+
+def resize_to_bytes(image: Image.Image, size: int) -> NDArray[np.uint8]:
+    """An RGB image, resized to a square → [3, size, size] in 0 … 255."""
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 255
+    return np.array(image).transpose(2, 0, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -17,11 +18,14 @@ from instantbooth.images import Augmentation, augment, crop_subject, mask_backgr
 from instantbooth.model.adapter import References, adapter_kwargs
 from instantbooth.model.base import BaseModel, locate
 from instantbooth.model.conditioning import inject
-from instantbooth.model.encoders import resize_to_tensor
+from instantbooth.model.encoders import resize_to_bytes
 from instantbooth.model.objective import add_noise, denoising_loss, draw_timesteps, subject_weights
 from instantbooth.model.personalizer import Personalizer
 from instantbooth.prompts import SUBJECT_FIELD, expand, tokenize_subject
 from instantbooth.training.attention import write_out_attention
+
+PACKED = ("pixel_values", "reference_pixels", "subject_mask")
+"""What examples have as bytes, a quarter of the size, until they are trained on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,12 +92,15 @@ class ExamplePreparer:
         latent_size: int,
         encoder_size: int,
         augmentation: Augmentation | None = None,
+        with_pixels: bool = True,
     ) -> None:
+        """`with_pixels=False` leaves out pixel_values, which a training on precomputed latents does not need."""
         self.tokenizer = tokenizer
         self.image_size = image_size
         self.latent_size = latent_size
         self.encoder_size = encoder_size
         self.augmentation = augmentation or Augmentation()
+        self.with_pixels = with_pixels
 
     @classmethod
     def for_model(cls, base: str, image_encoder: str, augmentation: Augmentation | None = None) -> ExamplePreparer:
@@ -119,24 +126,34 @@ class ExamplePreparer:
     ) -> dict[str, NDArray[np.generic]]:
         """The target is the picture as it is; the reference its subject: masked, cropped, heavily augmented.
 
-        `caption` holds "{subject}" once. Returns pixel_values [3, H, W] in −1 … 1, subject_mask [1, h, w], the share
-        of each latent pixel that the subject covers, reference_pixels [3, s, s] in 0 … 1, input_ids [T], bare_ids [T]
-        ("V̂ noun" alone), and the position of V̂ in both [].
+        `caption` holds "{subject}" once. Returns pixel_values [3, H, W], reference_pixels [3, s, s] and subject_mask
+        [1, h, w], the share of each latent pixel that the subject covers, as bytes that `unpacked` makes numbers of;
+        input_ids [T], bare_ids [T] ("V̂ noun" alone), and the position of V̂ in both [].
         """
         picture = image.convert("RGB")
         reference = augment(mask_background(*crop_subject(picture, mask)), rng, settings=self.augmentation)
         covered = mask.convert("L").resize((self.latent_size,) * 2, Image.Resampling.BOX)
         ids, position = tokenize_subject(self.tokenizer, expand(caption, noun))
         bare_ids, bare_position = tokenize_subject(self.tokenizer, expand(SUBJECT_FIELD, noun))
-        return {
-            "pixel_values": (resize_to_tensor(picture, self.image_size) * 2 - 1).numpy(),
-            "subject_mask": np.asarray(covered, np.float32)[None] / 255,
-            "reference_pixels": resize_to_tensor(reference, self.encoder_size).numpy(),
+        pixels: dict[str, NDArray[np.generic]] = {}
+        if self.with_pixels:
+            pixels["pixel_values"] = resize_to_bytes(picture, self.image_size)
+        return pixels | {
+            "subject_mask": np.array(covered)[None],
+            "reference_pixels": resize_to_bytes(reference, self.encoder_size),
             "input_ids": np.array(ids, np.int64),
             "placeholder_position": np.array(position, np.int64),
             "bare_ids": np.array(bare_ids, np.int64),
             "bare_position": np.array(bare_position, np.int64),
         }
+
+
+def unpacked(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A batch of examples, its bytes as numbers: pixel_values in −1 … 1, reference_pixels and subject_mask in 0 … 1."""
+    shares = {name: batch[name].float() / 255 for name in PACKED if name in batch}
+    if "pixel_values" in shares:
+        shares["pixel_values"] = shares["pixel_values"] * 2 - 1
+    return {**batch, **shares}
 
 
 def draw(base: BaseModel, config: AdapterTrainingConfig, rows: int, generator: Generator) -> Draws:

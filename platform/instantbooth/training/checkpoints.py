@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from hashlib import sha256
 from typing import Any
@@ -49,14 +50,16 @@ class Checkpoints:
     keep_last: int = 2
     """Newest ones that stay."""
     keep_best: int = 1
-    """Those of the lowest loss that stay beside them."""
+    """Those of the lowest loss that stay beside them; one whose loss is no finite number is never among them."""
+    _whole: set[int] = field(default_factory=set, repr=False, compare=False)
+    """Steps whose files were written or read here, and are known to be as their manifests say."""
 
     def save(self, step: int, files: Mapping[str, bytes], *, loss: float) -> None:
         """Writes a checkpoint, then takes away those that need not stay. StorageError where it cannot be written.
 
         A checkpoint of that step which is whole is left as it is: nothing is written over what may be relied on.
         """
-        if self._manifest(step) is None or self._read(step) is None:
+        if self._manifest(step) is None or self.read(step) is None:
             self._remove(step)
             entries = {}
             for name, data in files.items():
@@ -65,15 +68,14 @@ class Checkpoints:
             manifest = Checkpoint(step=step, loss=loss, files=entries)
             data = (json.dumps(asdict(manifest), indent=2) + "\n").encode()
             patiently(partial(self.store.put, _key(step, MANIFEST), data))
+            self._whole.add(step)
         self._prune()
 
-    def latest(self, *, at_most: int | None = None) -> tuple[Checkpoint, dict[str, bytes]] | None:
+    def latest(self) -> tuple[Checkpoint, dict[str, bytes]] | None:
         """The newest whole checkpoint and its files; None where there is none. Damaged ones are logged."""
         for step in sorted(self.steps(), reverse=True):
-            if at_most is not None and step > at_most:
-                continue
             manifest = self._manifest(step)
-            files = self._read(step)
+            files = self.read(step)
             if manifest is not None and files is not None:
                 return manifest, files
             log.warning("the checkpoint of step %d is damaged; going back to the one before", step)
@@ -90,7 +92,7 @@ class Checkpoints:
         except (MissingObjectError, ValueError, TypeError):
             return None
 
-    def _read(self, step: int) -> dict[str, bytes] | None:
+    def read(self, step: int) -> dict[str, bytes] | None:
         """The files of a checkpoint; None where one is not as the manifest says."""
         manifest = self._manifest(step)
         if manifest is None:
@@ -104,16 +106,23 @@ class Checkpoints:
             if len(data) != entry["bytes"] or sha256(data).hexdigest() != entry["sha256"]:
                 return None
             files[name] = data
+        self._whole.add(step)
         return files
 
     def _prune(self) -> None:
-        manifests = [each for step in self.steps() if (each := self._manifest(step)) is not None]
-        newest = sorted(manifests, key=lambda each: each.step)[-self.keep_last :]
-        best = sorted(manifests, key=lambda each: each.loss)[: self.keep_best]
+        """Damaged ones are of no use, and do not count among those that stay."""
+        steps = self.steps()
+        whole = [each for step in steps if self._is_whole(step) and (each := self._manifest(step)) is not None]
+        newest = sorted(whole, key=lambda each: each.step)[-self.keep_last :]
+        comparable = [each for each in whole if math.isfinite(each.loss)]
+        best = sorted(comparable, key=lambda each: each.loss)[: self.keep_best]
         kept = {each.step for each in newest + best}
-        for each in manifests:
-            if each.step not in kept:
-                self._remove(each.step)
+        for step in steps:
+            if step not in kept:
+                self._remove(step)
+
+    def _is_whole(self, step: int) -> bool:
+        return step in self._whole or self.read(step) is not None
 
     def _remove(self, step: int) -> None:
         """The manifest goes first: what is left of a removal cut short is no checkpoint."""

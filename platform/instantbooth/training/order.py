@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,7 +67,7 @@ class SampleOrder:
         first = step * size + rank * share
         return range(first, first + share)
 
-    @property
+    @cached_property
     def _ends(self) -> NDArray[np.int64]:
         return np.cumsum(self.rows, dtype=np.int64)
 

@@ -103,12 +103,14 @@ class TrainingSession:
         """
         torch.manual_seed(self.config.seed * 1_000_003 + self.step)
         self._set_learning_rates()
-        own = self._gradient(batch)
+        own = self.gradient(batch)
         loss, wishes = self._average(own, stop)
         self.scaler.unscale_(self.optimizer)
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm))
-        # fp16 finds its scale by overflowing now and then; the batch is lost, but nothing is wrong with it.
-        overflow = self.compute.precision == "fp16" and math.isfinite(loss) and not math.isfinite(norm)
+        # fp16 finds its scale by overflowing now and then; the batch is lost, but nothing is wrong with it. At a scale
+        # of 1 nothing is left to find.
+        scaled = self.compute.precision == "fp16" and self.scaler.get_scale() > 1
+        overflow = scaled and math.isfinite(loss) and not math.isfinite(norm)
         skipped = "fp16 overflowed" if overflow else self.guard.judge(loss, norm)
         if skipped is None:
             self.scaler.step(self.optimizer)
@@ -185,7 +187,7 @@ class TrainingSession:
         for group, peak in zip(self.optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * rise
 
-    def _gradient(self, batch: Mapping[str, Tensor]) -> Tensor:
+    def gradient(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Leaves the gradient of this worker's rows in the parameters; returns their mean loss."""
         self.optimizer.zero_grad()
         parts = self.compute.accumulation

@@ -1,0 +1,117 @@
+"""A training's run in MLflow, as far as MLflow can be had."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from instantbooth.errors import StorageError, TrackingError
+from instantbooth.storage import open_store, patiently
+from instantbooth.tracking import TrackedRun, open_run, reporting
+from instantbooth.training.checkpoints import log_lines
+from jobs.cluster import ROOT
+from pipelines.feed import Shards
+from pipelines.trainer import LOG, PICTURES, TrainConfig
+
+log = logging.getLogger(__name__)
+
+
+class Tracking:
+    """Begins the run, registers its weights, ends it. Without MLflow all of that is a warning.
+
+    A server that is down is waited for twice at most, when the training begins and when it ends, and seconds only.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self._run: TrackedRun | None = None
+        self._given_up = False
+
+    def begin(self, shards: Shards) -> None:
+        """Opens the run, and notes options, data, code and machine."""
+        with self._attempt("training goes on, and its metrics are delivered when it is back"):
+            run = self._opened()
+            run.log_parameters(_flat(asdict(self.config)) | {"dataset_digest": shards.digest})
+            run.tag(_provenance())
+
+    def register(self, step: int, files: Mapping[str, bytes], folder: str) -> tuple[str, str]:
+        """The run's id and the URI of the version; empty, and the folder, where MLflow cannot be had."""
+        missed = "the weights are not registered, and the same command registers them"
+        with self._attempt(missed), tempfile.TemporaryDirectory() as scratch:
+            run = self._opened()
+            for name, data in files.items():
+                (Path(scratch) / name).write_bytes(data)
+            run.tag({"checkpoints": f"{self.config.output}/checkpoints", "weights": folder})
+            model = {"base": self.config.model.base, "image_encoder": self.config.model.image_encoder}
+            return run.run_id, run.register(Path(scratch), step=step, **model)
+        self._given_up = True
+        return "", folder
+
+    def end(self, status: str) -> None:
+        """Delivers what the training's own log has and the run has not; FINISHED, KILLED or FAILED."""
+        if self._given_up:
+            return
+        with self._attempt(f"what it missed is in {self.config.output}/{LOG}, and the same command delivers it"):
+            run = self._opened()
+            store = open_store(self.config.output)
+            run.deliver({step: line["metrics"] for step, line in log_lines(store, LOG).items()})
+            missing = set(store.list(f"{PICTURES}/")) - run.kept(PICTURES)
+            run.keep({key: patiently(partial(store.get, key)) for key in missing})
+            run.end(status)
+
+    def _opened(self) -> TrackedRun:
+        self._run = self._run or open_run(
+            self.config.model.tracking_uri, self.config.run, artifacts=self.config.artifacts
+        )
+        return self._run
+
+    @contextmanager
+    def _attempt(self, consequence: str) -> Iterator[None]:
+        """A failure ends the attempt and is told, with what follows from it."""
+        try:
+            with reporting(self.config.model.tracking_uri):
+                yield
+        except (TrackingError, StorageError) as error:
+            log.warning("%s; %s", error, consequence)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, object]:
+    """Nested options by dotted names."""
+    flat: dict[str, object] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _provenance() -> dict[str, object]:
+    """Which code, on which machine."""
+    return {
+        "code": _revision(),
+        "machine": f"{platform.node()}, {platform.processor() or platform.machine()}",
+        "torch": torch.__version__,
+        "ray": ray.__version__,
+    }
+
+
+def _revision() -> str:
+    # An image has no repository: its build says what it holds.
+    if built_from := os.environ.get("CODE_REVISION"):
+        return built_from
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "not under version control"
+    return said.stdout.strip()

@@ -1,0 +1,34 @@
+"""What the workers of a training do together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from instantbooth.errors import TrainingError
+from instantbooth.storage import FileStore
+from instantbooth.training.adapters import AdapterTrainingConfig
+from instantbooth.training.checkpoints import Checkpoints
+from instantbooth.training.session import ComputeConfig, TrainingSession
+from pipelines.trainer import restore
+from tests.tiny import tiny_booth
+
+
+def test_a_worker_that_cannot_read_what_the_first_found_does_not_train_apart(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = Checkpoints(store=FileStore(tmp_path))
+    session = TrainingSession(booth=tiny_booth(tiny), config=AdapterTrainingConfig(), compute=ComputeConfig())
+    for step in (10, 20):
+        session.step = step
+        checkpoints.save(step, session.snapshot()(), loss=0.1)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda chosen: chosen.__setitem__(0, 10))
+    restore(session, checkpoints)
+    assert session.step == 10, "the first worker's choice counts, not the newest"
+    (tmp_path / "checkpoints" / "000000010" / "state.pt").unlink()
+    with pytest.raises(TrainingError, match="step 10 is whole for the first worker and damaged for another"):
+        restore(session, checkpoints)
