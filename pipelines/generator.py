@@ -28,8 +28,7 @@ class ImageGenerator(Actor):
     """With the whole model and an engine: pictures of different subjects share every forward pass."""
 
     def load(self, stages: StageConfig) -> None:
-        self.booth = stages.model.load(device=str(self.device))
-        stages.check_weights(self.booth.weights_digest)
+        self.booth = stages.model.load(device=str(self.device), precision=self.model.precision)
         self.engine = Engine(self.booth, engine_config(stages.row_budget, exact=stages.exact))
         self.writers = ThreadPoolExecutor(WRITERS)
         self.node = ray.get_runtime_context().get_node_id()

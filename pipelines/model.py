@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from instantbooth import Personalizer
 from instantbooth.model.base import check_layout, local_folder
+from instantbooth.model.loading import DTYPES, Precision
 from instantbooth.model.subjects import SubjectEncoder
 from instantbooth.model.weights import CONFIG_FILE, read_tensors, tensors_digest, trained_parts
 from instantbooth.presets import tracking_uri
@@ -59,23 +61,23 @@ class ModelConfig:
                 patch_layer=config.patch_layer,
             )
 
-    def load(self, *, device: str) -> Personalizer:
+    def load(self, *, device: str, precision: Precision = "fp32") -> Personalizer:
         """The model on a device. Raises WeightsError or BaseModelError where a part is missing or does not fit."""
         with self._folder() as weights:
-            return Personalizer.from_pretrained(
-                self.base, image_encoder=self.image_encoder, segmenter=self.segmenter, weights=weights, device=device
-            )
+            return Personalizer.from_pretrained(self.base, weights=weights, **self._placed(device, precision))
 
-    def load_encoder(self, *, device: str) -> SubjectEncoder:
+    def load_encoder(self, *, device: str, precision: Precision = "fp32") -> SubjectEncoder:
         """The part that encodes subjects, without the base model. Raises WeightsError."""
         with self._folder() as weights:
-            return SubjectEncoder.from_pretrained(
-                self.base, image_encoder=self.image_encoder, segmenter=self.segmenter, weights=weights, device=device
-            )
+            return SubjectEncoder.from_pretrained(self.base, weights=weights, **self._placed(device, precision))
 
     def untrained(self, *, device: str) -> Personalizer:
         """The base with closed gates and layers drawn from torch's generator, where training starts anew."""
         return Personalizer.untrained(self.base, image_encoder=self.image_encoder, device=device)
+
+    def _placed(self, device: str, precision: Precision) -> dict[str, Any]:
+        parts = {"image_encoder": self.image_encoder, "segmenter": self.segmenter}
+        return {**parts, "device": device, "dtype": DTYPES[precision]}
 
     @contextmanager
     def _folder(self) -> Iterator[Path | None]:

@@ -24,6 +24,7 @@ from instantbooth.errors import InstantBoothError, ManifestError, ParameterError
 from instantbooth.images import OUTPUT_FORMATS
 from instantbooth.ledger import Ledger, work_id
 from instantbooth.manifest import ManifestRow, PromptSets, read_prompt_sets, scan_manifest
+from instantbooth.model.loading import Precision
 from instantbooth.storage import open_store, open_uri, patiently, read_uri
 from pipelines.checks import check_cluster, check_concepts, check_manifest_apart, check_store
 from pipelines.failed_rows import FailedRows
@@ -83,6 +84,9 @@ class PersonalizeConfig:
     """URI of a JSON file with the named lists of prompts that rows may name in prompt_set."""
     concepts: str | None = None
     """URI of an earlier output, whose concepts are used where subject and model are the same."""
+    precision: Precision = "fp32"
+    """In which numbers the model computes. On GPUs bf16 is twice as fast or more; its pictures differ a little, and its
+    concepts are its own."""
     image_format: str = "png"
     """Of the pictures: png, webp or jpeg."""
     concept: Pool = field(default_factory=Pool)
@@ -184,7 +188,7 @@ def personalize(
     started = time.perf_counter()
     check_manifest_apart(config.manifest, config.output)
     store = open_store(config.output)
-    model = replace(config.model.identity(), image_format=config.image_format)
+    model = replace(config.model.identity(), image_format=config.image_format, precision=config.precision)
     manifest = Manifest(config)
     job = work_id("job", manifest.digest(), vars(model))
     earlier = earlier_report(store)

@@ -16,6 +16,7 @@ import numpy as np
 
 from instantbooth.ledger import work_id
 from instantbooth.manifest import ManifestRow
+from instantbooth.model.loading import Precision
 
 ID_BYTES = 16
 WORK_ID = re.compile(rf"[0-9a-f]{{{2 * ID_BYTES}}}")
@@ -41,6 +42,8 @@ class ModelIdentity:
     """What finds the subject where no mask is given."""
     image_format: str = "png"
     """Of the pictures: one of images.OUTPUT_FORMATS."""
+    precision: Precision = "fp32"
+    """In which numbers it computes, concepts included."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +72,7 @@ def pieces(row: ManifestRow, model: ModelIdentity) -> list[Piece]:
 
 def concept_key(row: ManifestRow, model: ModelIdentity) -> str:
     """Where the row's concept is stored; rows with the same pictures of one subject share it."""
-    encoders = (model.base, model.image_encoder, model.weights, model.patch_layer, model.segmenter)
+    encoders = (model.base, model.image_encoder, model.weights, model.patch_layer, model.segmenter, model.precision)
     subject = work_id("concept", *_subject(row), *encoders)
     return f"{CONCEPTS}/{subject}.safetensors"
 

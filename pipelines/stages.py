@@ -54,8 +54,9 @@ class StageConfig:
         """The output's ledger."""
         return Ledger(open_store(self.output), conditional=self.conditional)
 
-    def check_weights(self, found: str) -> None:
+    def check_weights(self) -> None:
         """Raises WeightsError where the weights' name has come to mean others than when the job started."""
+        found = self.model.identity().weights
         if found != self.identity.weights:
             raise WeightsError(
                 f"{self.model.weights} changed from {self.identity.weights[:12]} to {found[:12]} while the job "
@@ -98,6 +99,7 @@ class Actor:
         self.fault: InstantBoothError | None = None
         try:
             self.load(stages)
+            stages.check_weights()
         except InstantBoothError as error:
             self.fault = error
 
@@ -119,8 +121,7 @@ class ConceptEncoder(Actor):
     """With the encoders: rows get their concept, and lose their references."""
 
     def load(self, stages: StageConfig) -> None:
-        self.encoder = stages.model.load_encoder(device=str(self.device))
-        stages.check_weights(stages.model.identity().weights)
+        self.encoder = stages.model.load_encoder(device=str(self.device), precision=self.model.precision)
         self.output = open_store(stages.output)
         self.recent: dict[str, Concept] = {}
 

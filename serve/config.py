@@ -6,6 +6,7 @@ import re
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from instantbooth.model.loading import Precision
 from instantbooth.presets import tracking_uri
 
 TENANT = r"[a-z0-9][a-z0-9-]{0,39}"
@@ -23,6 +24,9 @@ class ServeConfig(BaseModel):
     """CLIP folder; the preset's, or the base folder's image_encoder/, if none is given."""
     weights: str | None = None
     """Weights folder, or a registered one such as models:/instantbooth@champion; the preset's if none is given."""
+    precision: Precision = "fp32"
+    """In which numbers the model computes. On GPUs bf16 is twice as fast or more; its concepts are its own: a change
+    makes those of before unusable."""
     tracking_uri: str = Field(default_factory=tracking_uri)
     """MLflow, for models:/ URIs. By default MLFLOW_TRACKING_URI."""
     store: str = "out/serve"

@@ -10,6 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from instantbooth import Concept, Personalizer
+from instantbooth.model.loading import DTYPES
 from instantbooth.model.subjects import SubjectEncoder
 from instantbooth.tracking import resolve_version, resolve_weights
 from serve.config import ServeConfig
@@ -25,13 +26,17 @@ def pinned(config: ServeConfig) -> ServeConfig:
 def load(config: ServeConfig) -> Personalizer:
     """The configured model, on a GPU where Ray gave one. WeightsError or BaseModelError where a part is missing."""
     with _weights(config) as weights:
-        return Personalizer.from_pretrained(config.base, image_encoder=config.image_encoder, weights=weights)
+        return Personalizer.from_pretrained(
+            config.base, image_encoder=config.image_encoder, weights=weights, dtype=DTYPES[config.precision]
+        )
 
 
 def load_encoder(config: ServeConfig) -> SubjectEncoder:
     """The part of it that encodes subjects, without the base model. Raises WeightsError."""
     with _weights(config) as weights:
-        return SubjectEncoder.from_pretrained(config.base, image_encoder=config.image_encoder, weights=weights)
+        return SubjectEncoder.from_pretrained(
+            config.base, image_encoder=config.image_encoder, weights=weights, dtype=DTYPES[config.precision]
+        )
 
 
 def warm_up(encoder: SubjectEncoder) -> Concept:

@@ -7,6 +7,7 @@ import os
 import tempfile
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ import torch
 from instantbooth import Personalizer
 from instantbooth.errors import ParameterError
 from instantbooth.miniature.samples import write_manifest
+from instantbooth.model.loading import Precision
 from instantbooth.storage import FileStore
 from jobs import cli
 from jobs.benchmarks.bulk_rivals import encode, engines_rate, loop_rate
@@ -52,6 +54,8 @@ class BulkBenchmark:
     """Reference images of each subject."""
     generators: int = GENERATORS
     """Actors that generate pictures, and engines that do so alone; without a GPU, one core each."""
+    precision: Precision = "bf16" if DEVICE == "cuda" else "fp32"
+    """In which numbers all of them compute."""
     peak_tflops: float | None = None
     """The GPU's dense bf16 peak, for the share of it that the U-Net takes; None looks up an H100 or H200."""
 
@@ -119,11 +123,12 @@ def measure(options: BulkBenchmark, model: ModelConfig, folder: Path) -> dict[st
     store = FileStore(folder)
     list(write_manifest(store, "orders", subjects=options.subjects, references=options.references))
     rows = load_manifest(store.uri("orders/manifest.jsonl"))
-    booth = model.load(device=DEVICE)
+    load = partial(model.load, device=DEVICE, precision=options.precision)
+    booth = load()
     loop = loop_rate(booth, rows[: options.loop_subjects], folder)
     work = [(row.prompts, encode(booth, row)) for row in rows]
     tflop = unet_tflop(booth, work[0][1])
-    alone = engines_rate(model, DEVICE, options.generators, work)
+    alone = engines_rate(load, options.generators, work)
     with ray_cluster():
         watch = _run(options, model, store, "orders", "bulk", rows_per_batch=options.rows_per_batch)
         write_comparison(rows[:COMPARED], store, "comparison")
@@ -147,7 +152,6 @@ def measure(options: BulkBenchmark, model: ModelConfig, folder: Path) -> dict[st
             "prompts": len(rows[0].prompts),
             "steps": booth.defaults.num_inference_steps,
             "rows_per_batch": options.rows_per_batch,
-            "precision": str(booth.base.unet.dtype),
         },
     }
 
@@ -161,6 +165,7 @@ def _run(
         manifest=store.uri(f"{orders}/manifest.jsonl"),
         output=store.uri(output),
         model=model,
+        precision=options.precision,
         concept=Pool(gpus=0.2 * gpus),
         diffusion=Pool(min=options.generators, max=options.generators, gpus=0.8 * gpus),
         rows_per_batch=rows_per_batch,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -17,7 +17,6 @@ from instantbooth.engine import Engine
 from instantbooth.images import decode_image, encode_png
 from instantbooth.manifest import ManifestRow
 from instantbooth.storage import read_uri
-from pipelines.model import ModelConfig
 from pipelines.plan import SETTINGS
 
 
@@ -32,12 +31,17 @@ def loop_rate(booth: Personalizer, rows: Sequence[ManifestRow], folder: Path) ->
     return sum(len(row.prompts) for row in rows) / (time.perf_counter() - started)
 
 
-def engines_rate(model: ModelConfig, device: str, engines: int, work: Sequence[tuple[Sequence[str], Concept]]) -> float:
-    """Pictures a second of engines in processes of their own, which have every concept and request from the start."""
+def engines_rate(
+    load: Callable[[], Personalizer], engines: int, work: Sequence[tuple[Sequence[str], Concept]]
+) -> float:
+    """Pictures a second of engines in processes of their own, which have every concept and request from the start.
+
+    `load` is called in each of them.
+    """
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(engines, spawn, initializer=_start_together, initargs=(spawn.Barrier(engines),)) as pool:
         shares = [work[n::engines] for n in range(engines)]
-        spans = list(pool.map(_engine_span, shares, [model] * engines, [device] * engines))
+        spans = list(pool.map(_engine_span, shares, [load] * engines))
     pictures = sum(len(prompts) for prompts, _ in work)
     return pictures / (max(end for _, end in spans) - min(start for start, _ in spans))
 
@@ -55,11 +59,13 @@ def _start_together(barrier: Barrier) -> None:
     _barrier = barrier
 
 
-def _engine_span(work: Sequence[tuple[Sequence[str], Concept]], model: ModelConfig, device: str) -> tuple[float, float]:
+def _engine_span(
+    work: Sequence[tuple[Sequence[str], Concept]], load: Callable[[], Personalizer]
+) -> tuple[float, float]:
     """When one engine, warm, began and ended."""
-    if device == "cpu":
+    booth = load()
+    if booth.base.device.type == "cpu":
         torch.set_num_threads(1)
-    booth = model.load(device=device)
     requests = [
         request
         for prompts, concept in work

@@ -31,6 +31,9 @@ def test_ids_change_with_what_determines_a_picture_and_with_nothing_else() -> No
     tuned = replace(MODEL, config="2" * 64)
     assert not set(works) & {piece.work for piece in pieces(ROW, tuned)}
     assert concept_key(ROW, tuned) == concept_key(ROW, MODEL) != concept_key(ROW, replace(MODEL, patch_layer=-2))
+    half = replace(MODEL, precision="bf16")
+    assert not set(works) & {piece.work for piece in pieces(ROW, half)}
+    assert concept_key(ROW, half) != concept_key(ROW, MODEL)
     one = pieces(replace(ROW, prompts=(ROW.prompts[0], "a drawing of a {subject}")), MODEL)
     assert [piece.work in works for piece in one] == [True, False]
     assert concept_key(replace(ROW, prompts=("a {subject}",), id="eve"), MODEL) == concept_key(ROW, MODEL)

@@ -118,6 +118,17 @@ def test_an_output_that_cannot_keep_a_concept_leaves_rows_open(bench: Bench) -> 
     assert bench.run(bench.row("ada"))["ada"].succeeded == 1
 
 
+def test_half_precision_makes_pictures_from_concepts_of_its_own(bench: Bench) -> None:
+    assert bench.run(bench.row("ada"))["ada"].succeeded == 1
+    stages = replace(bench.stages, identity=replace(bench.stages.identity, precision="bf16"))
+    generator = ImageGenerator(stages, "cpu")
+    half = replace(bench, stages=stages, encoder=ConceptEncoder(stages, "cpu"), generator=generator)
+    assert half.run(bench.row("ada"))["ada"].succeeded == 1
+    generator.engine.close()
+    assert generator.booth.base.unet.dtype == torch.bfloat16
+    assert len(list(bench.output.list("concepts/"))) == len(bench.records()) == 2
+
+
 def test_a_subject_is_encoded_once_whoever_asks_for_it(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     other = ConceptEncoder(bench.stages, "cpu")
     encoded = []

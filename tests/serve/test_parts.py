@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from pydantic import ValidationError
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID
@@ -33,6 +34,7 @@ from serve.config import ServeConfig
 from serve.errors import ApiError, of_exception
 from serve.keys import Keyring, check_local, new_key
 from serve.limits import Gate
+from serve.model import load, load_encoder
 from serve.pictures import PictureStore
 from serve.proxy import OneShape, middlewares
 from serve.records import Expiring, Records, new_id
@@ -227,3 +229,10 @@ def test_rays_proxy_leaves_what_is_well_as_it_is() -> None:
     ):
         found = TestClient(OneShape(answer)).get("/")
         assert (found.status_code, found.content) == (answer.status_code, answer.body)
+
+
+def test_both_stages_compute_in_the_precision_they_are_told() -> None:
+    config = ServeConfig(precision="bf16")
+    booth, encoder = load(config), load_encoder(config)
+    assert booth.base.unet.dtype == booth.base.vae.dtype == encoder.encoders.patch.weight.dtype == torch.bfloat16
+    assert booth.encoder_digest == encoder.digest != load_encoder(ServeConfig()).digest

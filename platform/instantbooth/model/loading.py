@@ -1,12 +1,18 @@
-"""Loading models in silence."""
+"""Loading models: in which numbers, and in silence."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
+import torch
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging
+
+Precision = Literal["fp32", "bf16", "fp16"]
+"""In which numbers a model computes. Half precision is twice as fast or more on a GPU, and takes half the memory."""
+DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @contextmanager

@@ -7,13 +7,14 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed
 from torch import Tensor
 
 from instantbooth.errors import ParameterError, TrainingError
+from instantbooth.model.loading import DTYPES, Precision
 from instantbooth.model.personalizer import Personalizer
 from instantbooth.model.weights import weights_files
 from instantbooth.training.adapters import AdapterObjective, AdapterTrainingConfig, optimizer_for
@@ -23,14 +24,13 @@ from instantbooth.training.guard import Guard
 STATE = "state.pt"
 ORDER = "order.txt"
 WEIGHTS = "weights"
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeConfig:
     """How a step is computed; the method is the same."""
 
-    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    precision: Precision = "bf16"
     """Autocast: bf16 is twice as fast as fp32 on GPUs and on CPUs with AVX512-BF16; fp16 scales its loss."""
     accumulation: int = 1
     """Parts into which each worker cuts its share of a batch, to hold fewer rows in memory at once."""
