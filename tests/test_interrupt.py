@@ -56,7 +56,7 @@ def test_ctrl_c_ends_every_process_it_started(tmp_path: Path, stage: str, shown_
             list(map(str, command)), cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
         )
         try:
-            assert wait_for(lambda: demo.poll() is not None or shown_by(output), 240)
+            assert wait_for(lambda: demo.poll() is not None or shown_by(output), 480)
             assert demo.poll() is None, (tmp_path / "log").read_text()[-3000:]
             assert len(descendants(mark)) > 5
             # As a terminal does it: the whole foreground group hears it.
