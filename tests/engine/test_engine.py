@@ -310,10 +310,11 @@ def test_a_forgotten_concept_leaves_with_the_last_request_that_needs_it(
 ) -> None:
     held = [engine.submit(request(booth, concepts[0], num_inference_steps=LONG)) for _ in range(2)]
     wait_until(lambda: all(ticket.row is not None for ticket in held))
+    needed = size_of(booth.keys_values(concepts[0]))
     engine.forget(concepts[0].digest)
     for ticket in held:
-        # The batch changes, and asks for its keys and values anew.
-        assert engine.concepts.bytes == size_of(booth.keys_values(concepts[0]))
+        # Once the batch has changed, it has asked for its keys and values anew.
+        wait_until(lambda: engine.concepts.bytes == needed)
         ticket.cancel()
         wait_until(lambda ticket=ticket: ticket not in engine._scheduler)
     wait_until(lambda: engine.concepts.bytes == 0)

@@ -119,6 +119,7 @@ def test_the_best_checkpoint_is_the_one_that_was_validated(project: Project, tra
     assert checkpoints.steps() == [3, 4, 5], "2 and 4 were saved by their number, 3 as it was validated, 5 at the end"
 
 
+@pytest.mark.full
 def test_a_training_stops_at_samples_that_are_no_numbers_and_names_them(project: Project) -> None:
     base = Path(project.model.base)
     ids = write_curated(
@@ -144,6 +145,7 @@ def test_a_training_stops_at_samples_that_are_no_numbers_and_names_them(project:
     assert set(line["samples"]) <= {each[:15] for each in ids}
 
 
+@pytest.mark.full
 def test_a_pair_that_cannot_be_trained_on_ends_the_training_by_its_name(project: Project) -> None:
     caption = "very " * 30 + "nice {subject}"
     (name,) = write_curated(FileStore(project.folder / "overlong"), 1, caption=caption)
@@ -171,6 +173,7 @@ def test_a_run_of_the_same_name_continues_from_its_last_checkpoint(project: Proj
     assert train(train_config(project, steps=7)) == longer
 
 
+@pytest.mark.full
 def test_a_training_goes_on_where_mlflow_is_down(project: Project) -> None:
     config = train_config(project, steps=1)
     output, model = f"{project.folder}/train/untracked", replace(config.model, tracking_uri="http://127.0.0.1:9")
@@ -315,6 +318,7 @@ def test_a_job_run_again_does_only_what_is_missing(project: Project) -> None:
     assert not [key for key in new if key.startswith("again/concepts/")]
 
 
+@pytest.mark.full
 def test_a_job_that_goes_wrong_stops_and_goes_on_when_run_again(project: Project) -> None:
     rows = load_manifest(f"{project.folder}/orders/manifest.jsonl")
     lost = [replace(rows[0], id=f"lost{n}", images=(f"{project.folder}/no{n}.png",), masks=None) for n in range(3)]
