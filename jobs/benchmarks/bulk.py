@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -18,15 +18,14 @@ from instantbooth.miniature.samples import write_manifest
 from instantbooth.model.loading import Precision
 from instantbooth.storage import FileStore
 from jobs import cli
-from jobs.benchmarks.bulk_rivals import encode, engines_rate, loop_rate
+from jobs.benchmarks.bulk_rivals import encode, engines_rate, loop_rate, steady_rate
 from jobs.benchmarks.encode_once import savings, write_comparison
 from jobs.benchmarks.full_size import write_full_size
 from jobs.benchmarks.peak import known_peak, share_of_peak, unet_tflop
 from jobs.benchmarks.timing import machine
 from jobs.cluster import MIN_LOGICAL_CPUS, ray_cluster
 from pipelines.model import ModelConfig
-from pipelines.outcome import Outcome
-from pipelines.personalize import PersonalizeConfig, Pool, Tally, load_manifest, personalize
+from pipelines.personalize import PersonalizeConfig, Pool, load_manifest, personalize
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CORES = os.cpu_count() or 1
@@ -84,24 +83,6 @@ class BulkBenchmark:
         return min(ROWS_PER_BATCH, self.subjects // (BATCHES * self.generators))
 
 
-@dataclass(kw_only=True)
-class Watch:
-    """When rows were done, seen from the driver."""
-
-    started: float = field(default_factory=time.time)
-    seen: list[tuple[float, int]] = field(default_factory=list)
-    """Seconds since the start, and pictures made so far."""
-
-    def __call__(self, tally: Tally, outcome: Outcome | None) -> None:
-        if outcome is not None:
-            self.seen.append((time.time() - self.started, tally.made))
-
-    def warm_rate(self) -> float:
-        """Pictures a second from the first row done to the last."""
-        (first_s, first), (last_s, last) = self.seen[0], self.seen[-1]
-        return (last - first) / (last_s - first_s)
-
-
 def bulk(options: cli.Flat[BulkBenchmark]) -> None:
     """Prints pictures a second of the three, their ratios, and what encoding once saves, as JSON."""
     with tempfile.TemporaryDirectory() as folder:
@@ -130,23 +111,24 @@ def measure(options: BulkBenchmark, model: ModelConfig, folder: Path) -> dict[st
     tflop = unet_tflop(booth, work[0][1])
     alone = engines_rate(load, options.generators, work)
     with ray_cluster():
-        watch = _run(options, model, store, "orders", "bulk", rows_per_batch=options.rows_per_batch)
+        started = time.time()
+        _run(options, model, store, "orders", "bulk", rows_per_batch=options.rows_per_batch)
         write_comparison(rows[:COMPARED], store, "comparison")
         _run(options, model, store, "comparison", "compared", rows_per_batch=ROWS_PER_BATCH)
-    first_image = min(path.stat().st_mtime for path in folder.glob("bulk/images/*/*")) - watch.started
-    rates = {"bulk, warm": watch.warm_rate(), "loop, one identity at a time": loop, "engines alone": alone}
+    times = [path.stat().st_mtime for path in folder.glob("bulk/images/*/*")]
+    rate = steady_rate(times)
+    rates = {"bulk, steady": rate, "loop, one identity at a time": loop, "engines alone, steady": alone}
     peak = options.peak_tflops or known_peak()
     return {
         "machine": machine(DEVICE),
-        "images_per_second": {name: round(rate, 3) for name, rate in rates.items()},
-        "bulk_over_loop": round(watch.warm_rate() / loop, 3),
-        "bulk_over_engines": round(watch.warm_rate() / alone, 3),
-        "seconds_to_first_image": round(first_image, 1),
-        "seconds_to_first_row": round(watch.seen[0][0], 1),
+        "images_per_second": {name: round(each, 3) for name, each in rates.items()},
+        "bulk_over_loop": round(rate / loop, 3),
+        "bulk_over_engines": round(rate / alone, 3),
+        "seconds_to_first_image": round(min(times) - started, 1),
         "encode_once_saves": savings(FileStore(folder / "compared")),
         "unet_tflop_of_a_step": float(f"{tflop:.4g}"),
         "unet_share_of_peak": peak
-        and {name: round(share_of_peak(rate, tflop, booth.defaults, peak), 4) for name, rate in rates.items()},
+        and {name: round(share_of_peak(each, tflop, booth.defaults, peak), 4) for name, each in rates.items()},
         "settings": vars(options)
         | {
             "prompts": len(rows[0].prompts),
@@ -158,7 +140,7 @@ def measure(options: BulkBenchmark, model: ModelConfig, folder: Path) -> dict[st
 
 def _run(
     options: BulkBenchmark, model: ModelConfig, store: FileStore, orders: str, output: str, *, rows_per_batch: int
-) -> Watch:
+) -> None:
     """The job, on a cluster that is there already."""
     gpus = 1.0 if DEVICE == "cuda" else 0.0
     config = PersonalizeConfig(
@@ -170,6 +152,4 @@ def _run(
         diffusion=Pool(min=options.generators, max=options.generators, gpus=0.8 * gpus),
         rows_per_batch=rows_per_batch,
     )
-    watch = Watch()
-    personalize(config, watch)
-    return watch
+    personalize(config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -34,16 +34,24 @@ def loop_rate(booth: Personalizer, rows: Sequence[ManifestRow], folder: Path) ->
 def engines_rate(
     load: Callable[[], Personalizer], engines: int, work: Sequence[tuple[Sequence[str], Concept]]
 ) -> float:
-    """Pictures a second of engines in processes of their own, which have every concept and request from the start.
+    """Pictures a second, steady, of engines in processes of their own, which have every request from the start.
 
     `load` is called in each of them.
     """
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(engines, spawn, initializer=_start_together, initargs=(spawn.Barrier(engines),)) as pool:
         shares = [work[n::engines] for n in range(engines)]
-        spans = list(pool.map(_engine_span, shares, [load] * engines))
-    pictures = sum(len(prompts) for prompts, _ in work)
-    return pictures / (max(end for _, end in spans) - min(start for start, _ in spans))
+        return steady_rate([time for times in pool.map(_engine_times, shares, [load] * engines) for time in times])
+
+
+def steady_rate(times: Iterable[float]) -> float:
+    """Events a second between the first quarter of them and the last.
+
+    Where pictures are made together, many are half done when the first ends, and few are left when the last does.
+    """
+    ordered = sorted(times)
+    first, last = len(ordered) // 4, len(ordered) - 1 - len(ordered) // 4
+    return (last - first) / (ordered[last] - ordered[first])
 
 
 def encode(booth: Personalizer, row: ManifestRow) -> Concept:
@@ -59,10 +67,8 @@ def _start_together(barrier: Barrier) -> None:
     _barrier = barrier
 
 
-def _engine_span(
-    work: Sequence[tuple[Sequence[str], Concept]], load: Callable[[], Personalizer]
-) -> tuple[float, float]:
-    """When one engine, warm, began and ended."""
+def _engine_times(work: Sequence[tuple[Sequence[str], Concept]], load: Callable[[], Personalizer]) -> list[float]:
+    """When each picture of one engine was done."""
     booth = load()
     if booth.base.device.type == "cpu":
         torch.set_num_threads(1)
@@ -71,12 +77,12 @@ def _engine_span(
         for prompts, concept in work
         for request in booth.requests(prompts, concept, seed=0, **dict.fromkeys(SETTINGS))
     ]
+    times: list[float] = []
     with Engine(booth) as engine:
         _barrier.wait()
-        started = time.time()
-        for ticket in [engine.submit(request) for request in requests]:
-            ticket.result()
-        return started, time.time()
+        for request in requests:
+            engine.submit(request).future.add_done_callback(lambda _: times.append(time.time()))
+    return times
 
 
 def _read(uris: Sequence[str]) -> list[Image.Image]:
