@@ -5,6 +5,7 @@ pictures are denoised and committed. Each stage takes what the one before left, 
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -87,7 +88,7 @@ def fetch_references(item: Mapping[str, bytes], *, stages: StageConfig) -> Itera
             yield {"work": work}
 
 
-class Actor:
+class Actor(ABC):
     """Works on the rows of one stage. What it lacks to start it says of its first batch: had it died instead, Ray would
     tell of a dead actor, and the project's own words would be somewhere in a traceback.
     """
@@ -108,13 +109,13 @@ class Actor:
             raise self.fault
         return self.done(batch["work"])
 
+    @abstractmethod
     def load(self, stages: StageConfig) -> None:
         """Gets what the actor works with. Raises WeightsError or ParameterError."""
-        raise NotImplementedError
 
+    @abstractmethod
     def done(self, works: Iterable[Work]) -> dict[str, Any] | Iterator[dict[str, Any]]:
         """What becomes of a batch, as Ray Data takes it."""
-        raise NotImplementedError
 
 
 class ConceptEncoder(Actor):

@@ -56,7 +56,7 @@ class BulkBenchmark:
     precision: Precision = "bf16" if DEVICE == "cuda" else "fp32"
     """In which numbers all of them compute."""
     peak_tflops: float | None = None
-    """The GPU's dense bf16 peak, for the share of it that the U-Net takes; None looks up an H100 or H200."""
+    """The GPU's dense bf16 peak, for the share of it that the U-Net takes; None looks it up."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.generators <= GENERATORS:

@@ -5,21 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from instantbooth import Personalizer
 from instantbooth.engine.knee import seconds_of_step, typical_batch
+from instantbooth.model.flops import flops_of, peak_flops
 
 ONE_REQUEST = 2
 """U-Net rows of one guided request."""
-PEAK_FLOPS = {
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200 NVL": 835e12,
-    "H200": 989e12,
-}
-"""Of dense bfloat16, from NVIDIA's data sheets of the H100 and H200; the more particular names first."""
 
 
 def against_one_request(
@@ -45,7 +37,7 @@ def compiled_seconds(booth: Personalizer, *, repeats: int, backend: str) -> floa
 def share_of_peak(booth: Personalizer, seconds: Mapping[int, float], rows: int, device_name: str) -> dict[str, float]:
     """Floating-point operations of a step of so many rows, and what share of the card's peak they make use of.
 
-    A card that is not in PEAK_FLOPS has no share.
+    A card whose peak is not known has no share.
     """
     flops = flops_of_step(booth, rows)
     rate = flops / seconds[rows]
@@ -53,13 +45,10 @@ def share_of_peak(booth: Personalizer, seconds: Mapping[int, float], rows: int, 
         "teraflops_in_a_step": round(flops / 1e12, 6),
         "teraflops_a_second": round(rate / 1e12, 4),
     }
-    peak = next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
+    peak = peak_flops(device_name, "bf16")
     return found if peak is None else found | {"share_of_peak": round(rate / peak, 3)}
 
 
 def flops_of_step(booth: Personalizer, rows: int) -> int:
-    """Of matrix products, convolutions and attention, a multiplication and an addition each counting one."""
-    counter = FlopCounterMode(display=False)
-    with counter:
-        typical_batch(booth, rows, steps=1).step()
-    return int(counter.get_total_flops())
+    """Of a step of so many rows, as `flops_of` counts."""
+    return flops_of(lambda: typical_batch(booth, rows, steps=1).step())

@@ -6,23 +6,22 @@ from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from instantbooth import Concept, Personalizer
 from instantbooth.config import GenerationDefaults
 from instantbooth.model.denoise import denoise
+from instantbooth.model.flops import PEAK_TFLOPS, flops_of, peak_flops
 from pipelines.plan import SETTINGS
 
-H100_TFLOPS = 989.0
-PEAK_TFLOPS = {"NVIDIA H100 80GB HBM3": H100_TFLOPS, "NVIDIA H200": H100_TFLOPS}
-"""GPU → dense bf16 peak, by the data sheets of the SXM modules, whose arithmetic is the same."""
+H100_TFLOPS = PEAK_TFLOPS["H100"]
 ONE_STEP: dict[str, Any] = dict.fromkeys(SETTINGS) | {"num_inference_steps": 1}
 """Settings of a picture that takes one step, else as the weights have it."""
 
 
 def known_peak() -> float | None:
-    """Of this machine's GPU; None without one, or with one that is not in the table."""
-    return PEAK_TFLOPS.get(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    """Dense bf16 TFLOP/s of this machine's GPU; None without one, or with one whose peak is not known."""
+    peak = peak_flops(torch.cuda.get_device_name(), "bf16") if torch.cuda.is_available() else None
+    return peak and peak / 1e12
 
 
 @torch.inference_mode()
@@ -34,10 +33,8 @@ def unet_tflop(booth: Personalizer, concept: Concept) -> float:
     [row] = booth.rows(booth.requests("a photo of a {subject}", concept, seed=0, **ONE_STEP))
     row.keys_values = booth.keys_values(concept)
     # The counter knows the products that attention is made of, not every device's kernel for the whole.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        for _ in denoise(booth.base.unet, [row]):
-            pass
-    return counter.get_total_flops() / 1e12
+    with sdpa_kernel(SDPBackend.MATH):
+        return flops_of(lambda: list(denoise(booth.base.unet, [row]))) / 1e12
 
 
 def share_of_peak(pictures_per_s: float, tflop: float, defaults: GenerationDefaults, peak_tflops: float) -> float:

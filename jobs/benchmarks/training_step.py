@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import CLIPTextModel
 
 from instantbooth import Personalizer
+from instantbooth.model.flops import flops_of, peak_flops
 from instantbooth.training.adapters import AdapterTrainingConfig, ExamplePreparer, unpacked
-from instantbooth.training.flops import flops_of, peak_flops
 from instantbooth.training.session import ComputeConfig, TrainingSession
 
 Step = Callable[[], object]

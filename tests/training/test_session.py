@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from instantbooth.errors import TrainingError
+from instantbooth.model.flops import flops_of, peak_flops
 from instantbooth.model.weights import load_weights
 from instantbooth.training.adapters import AdapterTrainingConfig, Draws, ExamplePreparer, unpacked
-from instantbooth.training.flops import flops_of, peak_flops, seconds_at_peak
+from instantbooth.training.flops import seconds_at_peak
 from instantbooth.training.guard import ENOUGH, Guard
 from instantbooth.training.session import ComputeConfig, TrainingSession
 from tests.tiny import portrait, tiny_booth

@@ -2,41 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
+from instantbooth.model.flops import flops_of, peak_flops
 from instantbooth.training.session import TrainingSession
-
-PEAK_TFLOPS = {
-    "H200": 989.0,
-    "H100 PCIe": 756.0,
-    "H100": 989.0,
-    "A100": 312.0,
-    "L40S": 362.0,
-    "L4": 121.0,
-    "A10G": 70.0,
-    "RTX 4090": 165.0,
-    "V100": 125.0,
-    "T4": 65.0,
-}
-"""Part of a GPU's name → dense half-precision TFLOP/s by its data sheet; the first that fits counts."""
-
-
-def peak_flops(device_name: str, precision: str) -> float | None:
-    """FLOP/s at best in bf16 or fp16; None for a device that is not listed, and for fp32."""
-    if precision == "fp32":
-        return None
-    return next((1e12 * tflops for part, tflops in PEAK_TFLOPS.items() if part in device_name), None)
-
-
-def flops_of(passes: Callable[[], object]) -> int:
-    """FLOPs of matrix products, convolutions and attention, forward and backward, in what it runs once, uncompiled."""
-    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
-        passes()
-    return int(counter.get_total_flops())
 
 
 def seconds_at_peak(session: TrainingSession, batch: Mapping[str, Tensor]) -> float | None:
