@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shlex
 import sys
 import time
@@ -150,19 +149,16 @@ def _personalize(config: DemoConfig, store: FileStore, training: TrainReport) ->
 
 
 def run_ray_job(arguments: list[str]) -> None:
-    """Runs Python with these arguments as a job of the connected cluster; it is stopped where this call is left early.
+    """Runs Python with these arguments as a job of the connected cluster, whose end is the job's end too.
 
     Raises InstantBoothError with the end of the job's log where it fails.
     """
     client = JobSubmissionClient(ray.get_runtime_context().gcs_address)
     job = submit(client, arguments, patience_s=60)
-    try:
-        status = _wait(client, job, seconds=math.inf)
-    except BaseException:
-        # Ray would be shut down before the job's process is gone, and the process would outlive it.
-        client.stop_job(job)
-        _wait(client, job, seconds=10)
-        raise
+    # Left early by Ctrl-C it is not stopped here: Ray's dashboard, which would be asked to, hears Ctrl-C as well and
+    # ends. Ray kills the job's processes a second after the cluster.
+    while not (status := client.get_job_status(job)).is_terminal():
+        time.sleep(0.5)
     if status != JobStatus.SUCCEEDED:
         log = client.get_job_logs(job).strip().splitlines()
         raise InstantBoothError("\n".join([f"the Ray job {job} {status.value.lower()}; its log ends:", *log[-20:]]))
@@ -186,14 +182,6 @@ def submit(client: JobSubmissionClient, arguments: list[str], patience_s: float)
                     "(`ray stop`), then run this again"
                 ) from error
         time.sleep(1)
-
-
-def _wait(client: JobSubmissionClient, job: str, seconds: float) -> JobStatus:
-    """The job's status once it has ended, or after that many seconds."""
-    deadline = time.monotonic() + seconds
-    while not (status := client.get_job_status(job)).is_terminal() and time.monotonic() < deadline:
-        time.sleep(0.5)
-    return status
 
 
 def _subjects(store: FileStore, rows: list[ManifestRow]) -> list[Subject]:

@@ -53,7 +53,14 @@ def test_ctrl_c_ends_every_process_it_started(tmp_path: Path, stage: str, shown_
     environment = os.environ | {"PYTHONPATH": f"{ROOT / 'platform'}{os.pathsep}{ROOT}", MARK: mark}
     with (tmp_path / "log").open("wb") as log:
         demo = subprocess.Popen(
-            list(map(str, command)), cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
+            list(map(str, command)),
+            cwd=ROOT,
+            env=environment,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            # A shell's background jobs ignore Ctrl-C, and so does what they start.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         try:
             assert wait_for(lambda: demo.poll() is not None or shown_by(output), 480)
