@@ -35,7 +35,7 @@ class IPAdapterJob:
     models: Path | None = None
     """A miniature built elsewhere (its base/ and clip/); the shipped one if not given."""
     recipe: Recipe = field(default_factory=Recipe)
-    """Its pairs, and its steps of adapters and refinement: InstantBooth's own budget."""
+    """Its pairs and its steps of adapters: InstantBooth's own budget."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
     def __post_init__(self) -> None:
@@ -47,7 +47,7 @@ class IPAdapterJob:
 def run(job: IPAdapterJob) -> None:
     """Trains what is not trained yet, and prints each variant's record."""
     models = job.models or miniature_folder()
-    corpus = render_corpus("pretraining", job.recipe.pretraining_pictures, 1, job.output / "corpora")
+    corpus = render_corpus("pretraining", job.recipe.later_pictures, 1, job.output / "corpora")
     for variant in job.variants:
         record_path = job.output / variant / "RECORD.json"
         if not record_path.exists():
@@ -58,12 +58,12 @@ def run(job: IPAdapterJob) -> None:
 
 
 def _train(job: IPAdapterJob, models: Path, corpus: Corpus, variant: str) -> dict[str, object]:
-    device, rounds = torch.device(job.device), [job.recipe.adapters, *job.recipe.refinements]
+    device, config = torch.device(job.device), job.recipe.adapters
     base = BaseModel.load(str(models / "base"), device=device, dtype=torch.float32)
     encoder = ImageEncoder(models / "clip", patch_layer=weights.PLUS_LAYER, device=device, dtype=torch.float32)
     pairs = Pairs(corpus, corpus_latents(corpus, base.vae, job.output / "corpora"))
     started = time.perf_counter()
-    trained, losses = train_ip_adapter(variant, base, encoder, pairs, rounds, folder=job.output / "checkpoints")
+    trained, losses = train_ip_adapter(variant, base, encoder, pairs, config, folder=job.output / "checkpoints")
     weights.save(trained.state(), job.output / variant / weights.FILE)
     return {
         "variant": variant,
@@ -71,7 +71,7 @@ def _train(job: IPAdapterJob, models: Path, corpus: Corpus, variant: str) -> dic
         "steps": len(losses),
         "loss": sum(losses[-200:]) / len(losses[-200:]),
         "seconds_of_the_last_sitting": round(time.perf_counter() - started),
-        "rounds": [asdict(each) for each in rounds],
+        "config": asdict(config),
     }
 
 

@@ -75,35 +75,49 @@ def new_scheduler() -> DDIMScheduler:
     )
 
 
+class Captioned:
+    """Pictures as latents and their tokenized captions: what the base learns from."""
+
+    def __init__(self, corpus: Corpus, latents: Tensor, tokenizer: CLIPTokenizer, *, placeholder: str) -> None:
+        """`latents` [N, C, h, w] are the corpus's, scaled; `placeholder` comes into some captions."""
+        self.corpus = corpus
+        self.latents = latents
+        self._tokenizer = tokenizer
+        self._placeholder = placeholder
+
+    def draw(self, examples: int, generator: Generator) -> tuple[Tensor, Tensor]:
+        """Latents [B, C, h, w] and token ids [B, L] of rows drawn with replacement."""
+        rows = torch.randint(len(self.corpus), (examples,), generator=generator)
+        rng = np.random.default_rng(int(torch.randint(2**31, (), generator=generator)))
+        words = [_training_caption(self.corpus, int(row), rng, self._placeholder) for row in rows]
+        tokens = self._tokenizer(
+            words, padding="max_length", truncation=True, max_length=MAX_LENGTH, return_tensors="pt"
+        )
+        return self.latents[rows], tokens.input_ids
+
+
 def train_diffusion(
-    corpus: Corpus,
-    latents: Tensor,
-    tokenizer: CLIPTokenizer,
+    name: str,
+    text_encoder: CLIPTextModel,
+    unet: UNet2DConditionModel,
+    pictures: Captioned,
     config: LoopConfig,
     *,
-    placeholder: str,
     folder: Path,
-    device: torch.device,
-) -> tuple[CLIPTextModel, UNet2DConditionModel]:
-    """Fits both on scaled `latents` [N, 8, 16, 16]; v-prediction at uniform timesteps."""
-    unet, text_encoder = new_unet().to(device), new_text_encoder(tokenizer).to(device)
+) -> list[float]:
+    """Fits both, v-prediction at uniform timesteps; leaves the averaged weights and returns the losses."""
     write_out_attention(unet, text_encoder)
     schedule = NoiseSchedule.from_config(new_scheduler().config)
 
     def loss(examples: int, generator: Generator) -> Tensor:
-        rows = torch.randint(len(corpus), (examples,), generator=generator)
-        rng = np.random.default_rng(int(torch.randint(2**31, (), generator=generator)))
-        words = [_training_caption(corpus, int(row), rng, placeholder) for row in rows]
-        ids = tokenizer(words, padding="max_length", truncation=True, max_length=MAX_LENGTH, return_tensors="pt")
-        prompt_embeds = text_encoder(ids.input_ids.to(device)).last_hidden_state
+        latents, ids = pictures.draw(examples, generator)
+        prompt_embeds = text_encoder(ids.to(unet.device)).last_hidden_state
         timesteps = draw_timesteps(examples, schedule, generator)
-        clean = latents[rows].to(device)
-        noise = torch.randn(clean.shape, generator=generator).to(device)
-        noisy, target = add_noise(clean, noise, timesteps, schedule)
-        return denoising_loss(unet(noisy, timesteps.to(device), prompt_embeds).sample, target)
+        noise = torch.randn(latents.shape, generator=generator).to(unet.device)
+        noisy, target = add_noise(latents.to(unet.device), noise, timesteps, schedule)
+        return denoising_loss(unet(noisy, timesteps.to(unet.device), prompt_embeds).sample, target)
 
-    train("diffusion", nn.ModuleList([unet, text_encoder]), loss, config, folder=folder, device=device)
-    return text_encoder, unet
+    return train(name, nn.ModuleList([unet, text_encoder]), loss, config, folder=folder, device=unet.device)
 
 
 def describe(caption: str, noun: str, phrases: list[str]) -> str:

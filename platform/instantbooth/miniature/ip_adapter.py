@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Generator, Tensor
 
-from instantbooth.errors import ParameterError
 from instantbooth.evaluation.ip_adapter.training import IPAdapterObjective
 from instantbooth.miniature.pairs import Pairs, loop_of
 from instantbooth.model.base import BaseModel
@@ -23,18 +21,15 @@ def train_ip_adapter(
     base: BaseModel,
     image_encoder: ImageEncoder,
     pairs: Pairs,
-    rounds: Sequence[AdapterTrainingConfig],
+    config: AdapterTrainingConfig,
     *,
     folder: Path,
 ) -> tuple[IPAdapterObjective, list[float]]:
-    """Trains round after round, each from the averaged weights of the last, and resumes from `folder`.
+    """Trains, or resumes from `folder`; the adapter is built into the base's U-Net.
 
-    The adapter is built into the base's U-Net. Returns the objective, which holds the averaged weights, and the loss of
-    every step. ParameterError without a round.
+    Returns the objective, which holds the averaged weights, and the loss of every step.
     """
-    if not rounds:
-        raise ParameterError("no round of training given; pass at least one AdapterTrainingConfig")
-    objective = IPAdapterObjective(base, image_encoder, variant, rounds[0])
+    objective = IPAdapterObjective(base, image_encoder, variant, config)
     ids = [tokenize(base.tokenizer, caption) for caption in pairs.corpus.captions]
 
     def loss(examples: int, generator: Generator) -> Tensor:
@@ -42,10 +37,6 @@ def train_ip_adapter(
         value: Tensor = objective(batch | {"input_ids": torch.tensor([ids[row] for row in rows])}, generator)
         return value
 
-    losses = []
-    for number, config in enumerate(rounds, start=1):
-        objective.config = config
-        name = f"ip-adapter-{variant}-{number}"
-        losses += train(name, objective, loss, loop_of(config), folder=folder, device=base.device)
+    losses = train(f"ip-adapter-{variant}", objective, loss, loop_of(config), folder=folder, device=base.device)
     objective.trained.requires_grad_(False)
     return objective, losses

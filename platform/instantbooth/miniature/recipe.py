@@ -1,6 +1,6 @@
 """The miniature world from nothing: every model in it, stage by stage, each checkpointed and resumed.
 
-corpora → vae → segmenter, clip, judges → diffusion → adapters → refinement → scales
+corpora → vae → segmenter, clip, judges → diffusion → refinement → adapters → scales
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor
-from transformers import CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from instantbooth.config import GenerationDefaults
 from instantbooth.errors import ParameterError
@@ -25,7 +25,13 @@ from instantbooth.evaluation.miniature import Examination, choose_scales, draw_s
 from instantbooth.miniature import clip, judging, segmenter
 from instantbooth.miniature.autoencoder import psnr, train_vae
 from instantbooth.miniature.corpus import Corpus, render_corpus
-from instantbooth.miniature.diffusion import new_scheduler, train_diffusion
+from instantbooth.miniature.diffusion import (
+    Captioned,
+    new_scheduler,
+    new_text_encoder,
+    new_unet,
+    train_diffusion,
+)
 from instantbooth.miniature.pairs import Pairs, corpus_latents, loop_of
 from instantbooth.miniature.vocabulary import learn_tokenizer
 from instantbooth.model.personalizer import Personalizer
@@ -41,6 +47,8 @@ class Recipe:
 
     pretraining_pictures: int = 16_000
     """Text-image pairs, each of an identity of its own, for all models but the judges."""
+    later_pictures: int = 32_000
+    """The same pairs and as many new ones, for the base's refinement and the adapters."""
     judging_identities: int = 3_000
     """Identities the judges learn from, six pictures each."""
     held_out_identities: int = 200
@@ -61,15 +69,17 @@ class Recipe:
         batch_size=32,
         processes=2,
     )
-    adapters: AdapterTrainingConfig = AdapterTrainingConfig(steps=3500)
-    refinements: tuple[AdapterTrainingConfig, ...] = (
-        AdapterTrainingConfig(steps=4500, seed=1),
-        AdapterTrainingConfig(steps=4500, seed=2),
-        AdapterTrainingConfig(steps=4500, seed=3),
-        AdapterTrainingConfig(steps=3000, seed=11, background_weight=0.25),
-        AdapterTrainingConfig(steps=2000, seed=12, background_weight=0.25),
+    refinement: LoopConfig = LoopConfig(
+        steps=6000,
+        learning_rate=5e-4,
+        decay_steps=6000,
+        ema_decay=0.998,
+        batch_size=32,
+        processes=2,
+        seed=1,
     )
-    """Rounds from the averaged weights of the last: a fresh optimizer, the learning rate up and down again."""
+    """The base again, from its averaged weights: a fresh optimizer, and the rate falls all the way."""
+    adapters: AdapterTrainingConfig = AdapterTrainingConfig(steps=10_000, background_weight=0.25)
     defaults: GenerationDefaults = GenerationDefaults(
         adapter_scale=1.0, concept_scale=1.0, guidance_scale=3.0, num_inference_steps=25
     )
@@ -92,8 +102,12 @@ class Workshop:
         self.models = folder / "models"
 
     def corpus(self) -> Corpus:
-        """The text-image pairs."""
+        """The first text-image pairs."""
         return render_corpus("pretraining", self.recipe.pretraining_pictures, 1, self.folder / "corpora")
+
+    def later_corpus(self) -> Corpus:
+        """The text-image pairs from the base's refinement on."""
+        return render_corpus("pretraining", self.recipe.later_pictures, 1, self.folder / "corpora")
 
     def judging_corpus(self, split: str, identities: int) -> Corpus:
         """Six pictures of each identity."""
@@ -117,9 +131,9 @@ class Workshop:
         vae: AutoencoderKL = AutoencoderKL.from_pretrained(self.models / "base" / "vae")
         return vae.to(self.device).eval()
 
-    def latents(self) -> Tensor:
-        """Scaled latents of the corpus, encoded once."""
-        return corpus_latents(self.corpus(), self.vae(), self.folder / "corpora")
+    def latents(self, corpus: Corpus) -> Tensor:
+        """Scaled latents of a corpus, encoded once."""
+        return corpus_latents(corpus, self.vae(), self.folder / "corpora")
 
 
 def build(folder: Path, recipe: Recipe, *, device: torch.device) -> dict[str, Any]:
@@ -219,15 +233,33 @@ def _build_judges(shop: Workshop) -> dict[str, float]:
 
 
 def _build_diffusion(shop: Workshop) -> dict[str, float]:
-    recipe, tokenizer = shop.recipe, shop.tokenizer()
-    text_encoder, unet = train_diffusion(
-        shop.corpus(),
-        shop.latents(),
-        tokenizer,
-        recipe.diffusion,
-        placeholder=PLACEHOLDER_TOKEN,
+    text_encoder, unet = new_text_encoder(shop.tokenizer()), new_unet()
+    return _train_diffusion(shop, "diffusion", text_encoder, unet, shop.corpus(), shop.recipe.diffusion)
+
+
+def _refine_diffusion(shop: Workshop) -> dict[str, float]:
+    base = shop.models / "base"
+    text_encoder = CLIPTextModel.from_pretrained(base / "text_encoder")
+    unet = UNet2DConditionModel.from_pretrained(base / "unet")
+    return _train_diffusion(shop, "refinement", text_encoder, unet, shop.later_corpus(), shop.recipe.refinement)
+
+
+def _train_diffusion(
+    shop: Workshop,
+    name: str,
+    text_encoder: CLIPTextModel,
+    unet: UNet2DConditionModel,
+    corpus: Corpus,
+    config: LoopConfig,
+) -> dict[str, float]:
+    tokenizer = shop.tokenizer()
+    losses = train_diffusion(
+        name,
+        text_encoder.to(shop.device),
+        unet.to(shop.device),
+        Captioned(corpus, shop.latents(corpus), tokenizer, placeholder=PLACEHOLDER_TOKEN),
+        config,
         folder=shop.checkpoints,
-        device=shop.device,
     )
     StableDiffusionPipeline(
         vae=shop.vae(),
@@ -239,7 +271,7 @@ def _build_diffusion(shop: Workshop) -> dict[str, float]:
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(shop.models / "base")
-    return {}
+    return _last_loss(losses)
 
 
 def _build_adapters(shop: Workshop) -> dict[str, float]:
@@ -251,20 +283,13 @@ def _build_adapters(shop: Workshop) -> dict[str, float]:
         defaults=shop.recipe.defaults,
         device=shop.device,
     )
-    return _train_adapters(shop, booth, "adapters", shop.recipe.adapters)
-
-
-def _refine_adapters(shop: Workshop) -> dict[str, float]:
-    booth = _trained_booth(shop)
-    figures = {}
-    for number, config in enumerate(shop.recipe.refinements, start=1):
-        figures = _train_adapters(shop, booth, f"refinement-{number}", config)
-    return figures
-
-
-def _train_adapters(shop: Workshop, booth: Personalizer, name: str, config: AdapterTrainingConfig) -> dict[str, float]:
-    losses = train_adapters(name, booth, shop.corpus(), shop.latents(), config, folder=shop.checkpoints)
+    corpus = shop.later_corpus()
+    losses = train_adapters(booth, corpus, shop.latents(corpus), shop.recipe.adapters, folder=shop.checkpoints)
     booth.save_weights(shop.models / "adapters")
+    return _last_loss(losses)
+
+
+def _last_loss(losses: list[float]) -> dict[str, float]:
     return {"loss": sum(losses[-200:]) / len(losses[-200:])}
 
 
@@ -294,8 +319,8 @@ STAGES: dict[str, Stage] = {
     "clip": _build_clip,
     "judges": _build_judges,
     "diffusion": _build_diffusion,
+    "refinement": _refine_diffusion,
     "adapters": _build_adapters,
-    "refinement": _refine_adapters,
     "scales": _choose_scales,
 }
 
@@ -306,20 +331,17 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "clip": ("clip",),
     "judges": ("judging_identities", "held_out_identities", "attribute_judge", "identity_judge"),
     "diffusion": ("diffusion",),
+    "refinement": ("later_pictures", "refinement"),
     "adapters": ("adapters",),
-    "refinement": ("refinements",),
     "scales": ("defaults", "validation_subjects"),
 }
 """The fields of the recipe that decide a stage, beside those of the stages before it."""
 
 
 def train_adapters(
-    name: str, booth: Personalizer, corpus: Corpus, latents: Tensor, config: AdapterTrainingConfig, *, folder: Path
+    booth: Personalizer, corpus: Corpus, latents: Tensor, config: AdapterTrainingConfig, *, folder: Path
 ) -> list[float]:
-    """The method's training on one machine, from rendered pairs and their latents; leaves the averaged weights.
-
-    `name` is the checkpoint's, in `folder`.
-    """
+    """The method's training on one machine, from rendered pairs and their latents; leaves the averaged weights."""
     objective = AdapterObjective(booth, config)
     pairs = Pairs(corpus, latents)
     captions = zip(corpus.captions, corpus.nouns, strict=True)
@@ -339,7 +361,7 @@ def train_adapters(
         value: Tensor = objective(batch, generator)
         return value
 
-    losses = train(name, objective, loss, loop_of(config), folder=folder, device=booth.base.device)
+    losses = train("adapters", objective, loss, loop_of(config), folder=folder, device=booth.base.device)
     booth.trained.requires_grad_(False).eval()
     return losses
 
