@@ -21,6 +21,7 @@ test-full: .venv/installed
 test-chaos: .venv/installed
 	LEDGER_INTERLEAVINGS=10000 $(BIN)/pytest -q tests/test_ledger.py
 	$(BIN)/pytest -q -s -rs -m chaos tests/chaos
+	$(MAKE) test-chaos-training
 
 # A training that is killed 36 times: half an hour on two cores.
 test-chaos-training: .venv/installed

@@ -12,10 +12,13 @@ from typing import Any
 from ray.exceptions import RayActorError, WorkerCrashedError
 from ray.serve.handle import DeploymentHandle
 
+from serve.errors import ApiError
 from serve.messages import Begun, Encoded, Event, Picture, Upload, Work
 
 LOST = (RayActorError, WorkerCrashedError)
 """How a call ends whose replica died; every stage gives the same answer when asked again."""
+MAX_LOSSES = 8
+"""Replicas lost on one call with no picture between, after which it fails: it may be what ends them."""
 PAUSE_S = 0.25
 GRACE_S = 2.0
 """How much longer than the deadline a caller waits for a replica to say that it passed."""
@@ -39,9 +42,12 @@ class Stages:
                     await asyncio.sleep(PAUSE_S)
 
     async def generate(self, work: Work) -> AsyncIterator[Event]:
-        """What DiffusionEngine.generate yields, each picture once, though replicas come and go."""
+        """What DiffusionEngine.generate yields, each picture once, though replicas come and go.
+
+        Raises ApiError (503) where MAX_LOSSES of them do without a picture.
+        """
         deadline = None if work.deadline_s is None else time.monotonic() + work.deadline_s
-        begun, pictures = False, set()
+        begun, pictures, losses = False, set(), 0
         while True:
             left = None if deadline is None else deadline - time.monotonic()
             try:
@@ -55,9 +61,14 @@ class Stages:
                             continue
                         elif isinstance(event, Picture):
                             pictures.add(event.image_index)
+                            losses = 0
                         yield event
                 return
-            except LOST:
+            except LOST as lost:
+                losses += 1
+                if losses == MAX_LOSSES:
+                    message = f"{losses} replicas were lost while they worked on this; ask for less, or try again later"
+                    raise ApiError(503, "replica_lost", message) from lost
                 await asyncio.sleep(PAUSE_S)
 
     async def _attempt(self, work: Work, left: float | None) -> AsyncIterator[Event]:

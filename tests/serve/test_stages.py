@@ -5,8 +5,13 @@ from __future__ import annotations
 import asyncio
 from types import SimpleNamespace
 
-from serve.messages import Step
-from serve.stages import Stages
+import pytest
+from ray.exceptions import RayActorError
+
+from serve import stages as module
+from serve.errors import ApiError
+from serve.messages import Picture, Step
+from serve.stages import MAX_LOSSES, Stages
 from tests.serve.works import a_work
 
 
@@ -44,3 +49,41 @@ def test_who_was_cancelled_gets_no_event_that_came_meanwhile() -> None:
         return bool(done) and task.cancelled() and response.cancelled
 
     assert asyncio.run(cancelled_with_an_event_there())
+
+
+@pytest.mark.parametrize("pictures", [0, 2])
+def test_work_that_ends_every_replica_is_given_up_and_work_that_goes_on_is_not(
+    pictures: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of the first replicas makes one picture more than the last; those after them make none."""
+    monkeypatch.setattr(module, "PAUSE_S", 0)
+    calls = 0
+
+    class Response:
+        def __init__(self) -> None:
+            nonlocal calls
+            calls += 1
+            self.left = iter(range(min(calls, pictures)))
+
+        async def __anext__(self) -> Picture:
+            for index in self.left:
+                return Picture(image_index=index, seed=0, data=b"", queue_s=0, generate_s=0)
+            raise RayActorError
+
+        def cancel(self) -> None:
+            pass
+
+    got = []
+
+    async def generate() -> None:
+        handle = SimpleNamespace(generate=SimpleNamespace(remote=lambda work: Response()))
+        handle.options = lambda stream: handle
+        async for event in Stages(None, handle).generate(a_work()):
+            got.append(event.image_index)
+
+    with pytest.raises(ApiError, match="replicas were lost") as error:
+        asyncio.run(generate())
+    assert error.value.status == 503
+    assert got == list(range(pictures))
+    # A picture clears what was lost before it, and the replica that made it is lost too.
+    assert calls == MAX_LOSSES + max(pictures - 1, 0)
