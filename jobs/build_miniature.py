@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from instantbooth.miniature.recipe import Recipe, build, ship
+from instantbooth.miniature.recipe import Recipe, build, check_destination, ship
+from instantbooth.model.base import device_of
 from jobs import cli
 
 
@@ -23,10 +24,15 @@ class BuildConfig:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     recipe: Recipe = field(default_factory=Recipe)
 
+    def __post_init__(self) -> None:
+        if self.ship is not None:
+            check_destination(self.ship)
+        device_of(self.device)
+
 
 def run(config: BuildConfig) -> None:
     """Runs what has not run yet and prints the figures of every stage."""
-    record = build(config.output, config.recipe, device=torch.device(config.device))
+    record = build(config.output, config.recipe, device=device_of(config.device))
     print(json.dumps(record, indent=2))
     if config.ship is not None:
         print(f"shipped {ship(config.output / 'models', config.ship) / 1e6:.1f} MB to {config.ship}")

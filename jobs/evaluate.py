@@ -15,6 +15,7 @@ from typing import Literal
 from PIL import Image
 
 from instantbooth import Personalizer
+from instantbooth.errors import ParameterError
 from instantbooth.evaluation.judges import AttributeJudge, IdentityJudge
 from instantbooth.evaluation.miniature import BARS, Examination, draw_subjects, examine
 from instantbooth.miniature.corpus import render_corpus
@@ -42,6 +43,10 @@ class MiniatureExamination:
     """Which held-out identities; choose parameters on validation."""
     output: Path = Path("out/evaluate")
     """Where the pictures' grid and the figures go."""
+
+    def __post_init__(self) -> None:
+        if self.identities < 2:
+            raise ParameterError(f"identities must be at least 2 to tell apart, is {self.identities}; raise it")
 
 
 def miniature(options: cli.Flat[MiniatureExamination]) -> None:

@@ -18,7 +18,7 @@ from instantbooth.miniature.corpus import Corpus, render_corpus
 from instantbooth.miniature.ip_adapter import train_ip_adapter
 from instantbooth.miniature.pairs import Pairs, corpus_latents
 from instantbooth.miniature.recipe import Recipe
-from instantbooth.model.base import BaseModel
+from instantbooth.model.base import BaseModel, device_of
 from instantbooth.model.encoders import ImageEncoder
 from instantbooth.presets import miniature_folder
 from jobs import cli
@@ -58,7 +58,7 @@ def run(job: IPAdapterJob) -> None:
 
 
 def _train(job: IPAdapterJob, models: Path, corpus: Corpus, variant: str) -> dict[str, object]:
-    device, config = torch.device(job.device), job.recipe.adapters
+    device, config = device_of(job.device), job.recipe.adapters
     base = BaseModel.load(str(models / "base"), device=device, dtype=torch.float32)
     encoder = ImageEncoder(models / "clip", patch_layer=weights.PLUS_LAYER, device=device, dtype=torch.float32)
     pairs = Pairs(corpus, corpus_latents(corpus, base.vae, job.output / "corpora"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,13 +10,17 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from instantbooth import Concept, Personalizer
+from instantbooth.errors import ParameterError
 from instantbooth.model.adapter import GatedAdapter, References, adapter_kwargs, attach
+from instantbooth.model.base import device_of
 from instantbooth.model.conditioning import batch_references, concept_keys_values
 from jobs import cli
+from jobs.benchmarks.goals import at_most, conclude
 from jobs.benchmarks.timing import machine, measure
 
 SD15_TOKENS = 257
 REFERENCE_COUNTS = (1, 3, 5)
+MOST_OVER_BARE = 1.15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +34,11 @@ class AdapterBenchmark:
     repeats: int = 15
     """Runs of each variant, after one to warm up."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def __post_init__(self) -> None:
+        for name in ("requests", "repeats"):
+            if getattr(self, name) < 1:
+                raise ParameterError(f"{name} must be at least 1, is {getattr(self, name)}; raise it")
 
 
 class WrittenOut(nn.Module):
@@ -50,8 +58,8 @@ class WrittenOut(nn.Module):
 
 
 def adapter(options: cli.Flat[AdapterBenchmark]) -> None:
-    """Prints the ratios and the medians behind them as JSON."""
-    device = torch.device(options.device)
+    """Prints the ratios and the medians behind them as JSON; exit status 1 where a goal is missed."""
+    device = device_of(options.device)
     unet, tokens = (_full_size_unet(device), SD15_TOKENS) if options.full_size else _miniature_unet(device)
     width = int(unet.config.cross_attention_dim)
     adapters = attach(unet, width).requires_grad_(False)
@@ -74,19 +82,28 @@ def adapter(options: cli.Flat[AdapterBenchmark]) -> None:
         anew = step(adapter_kwargs(References(scale=scale, patch_features=features)))
         variants[f"equation_{count}"] = _with_fusers(unet, adapters, anew, written_out=True)
     medians = measure(variants, options.repeats, device)
-    print(json.dumps(_result(options, medians), indent=2))
-
-
-def _result(options: AdapterBenchmark, medians: dict[str, float]) -> dict[str, object]:
-    return {
-        "model": "Stable Diffusion 1.5 shapes at 512" if options.full_size else "miniature",
-        "machine": machine(options.device),
-        "requests": options.requests,
-        "saved_over_bare": {n: round(medians[f"saved_{n}"] / medians["bare"], 3) for n in REFERENCE_COUNTS},
-        "saved_over_equation": {
-            n: round(medians[f"saved_{n}"] / medians[f"equation_{n}"], 3) for n in REFERENCE_COUNTS
+    over_bare, over_equation = _ratios(medians, "bare"), _ratios(medians, "equation")
+    conclude(
+        {
+            "model": "Stable Diffusion 1.5 shapes at 512" if options.full_size else "miniature",
+            "machine": machine(options.device),
+            "requests": options.requests,
+            "saved_over_bare": over_bare,
+            "saved_over_equation": over_equation,
+            "median_milliseconds": {name: round(1000 * value, 1) for name, value in medians.items()},
         },
-        "median_milliseconds": {name: round(1000 * value, 1) for name, value in medians.items()},
+        {
+            "saved over bare, one reference": at_most(over_bare[1], MOST_OVER_BARE),
+            "saved over equation": at_most(max(over_equation.values()), 1.0),
+        },
+    )
+
+
+def _ratios(medians: dict[str, float], other: str) -> dict[int, float]:
+    """By number of references, the step with saved keys and values over the bare one, or over the equation's."""
+    return {
+        count: round(medians[f"saved_{count}"] / medians["bare" if other == "bare" else f"{other}_{count}"], 3)
+        for count in REFERENCE_COUNTS
     }
 
 

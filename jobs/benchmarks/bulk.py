@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,6 +21,7 @@ from jobs import cli
 from jobs.benchmarks.bulk_rivals import encode, engines_rate, loop_rate, steady_rate
 from jobs.benchmarks.encode_once import savings, write_comparison
 from jobs.benchmarks.full_size import write_full_size
+from jobs.benchmarks.goals import at_least, conclude
 from jobs.benchmarks.peak import known_peak, share_of_peak, unet_tflop
 from jobs.benchmarks.timing import machine
 from jobs.cluster import MIN_LOGICAL_CPUS, ray_cluster
@@ -84,13 +85,18 @@ class BulkBenchmark:
 
 
 def bulk(options: cli.Flat[BulkBenchmark]) -> None:
-    """Prints pictures a second of the three, their ratios, and what encoding once saves, as JSON."""
+    """Prints pictures a second of the three, their ratios, and what encoding once saves, as JSON.
+
+    Exit status 1 where a goal is missed.
+    """
     with tempfile.TemporaryDirectory() as folder:
         model = ModelConfig()
         if options.full_size:
             write_full_size(Path(folder) / "model")
             model = untrained_model(Path(folder) / "model")
-        print(json.dumps(measure(options, model, Path(folder)), indent=2))
+        result = measure(options, model, Path(folder))
+    goals = {"bulk over loop": at_least(result["bulk_over_loop"], 2.0)}
+    conclude(result, goals | {"bulk over engines": at_least(result["bulk_over_engines"], 0.9)})
 
 
 def untrained_model(base: Path) -> ModelConfig:
@@ -99,7 +105,7 @@ def untrained_model(base: Path) -> ModelConfig:
     return ModelConfig(base=str(base), weights=str(base / "weights"))
 
 
-def measure(options: BulkBenchmark, model: ModelConfig, folder: Path) -> dict[str, object]:
+def measure(options: BulkBenchmark, model: ModelConfig, folder: Path) -> dict[str, Any]:
     """What `bulk` prints, of any model; `folder` is for inputs and outputs."""
     store = FileStore(folder)
     list(write_manifest(store, "orders", subjects=options.subjects, references=options.references))

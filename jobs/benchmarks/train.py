@@ -14,6 +14,7 @@ import torch
 
 from instantbooth import Personalizer
 from instantbooth.errors import ParameterError
+from instantbooth.model.base import device_of
 from instantbooth.presets import preset
 from instantbooth.storage import open_store
 from instantbooth.training.adapters import AdapterTrainingConfig, ExamplePreparer
@@ -88,7 +89,7 @@ def _full_size(options: TrainBenchmark) -> dict[str, Any]:
             Path(folder, "image_encoder"),
             batch_size=options.batch_size,
             steps=options.steps,
-            device=torch.device(options.device),
+            device=device_of(options.device),
         )
     rates = {name: values["samples_per_second"] for name, values in steps.items()}
     return {

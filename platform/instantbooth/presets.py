@@ -55,6 +55,8 @@ def model_parts(
 
     Raises WeightsError.
     """
+    if not isinstance(model, str | Path):
+        raise WeightsError(f"model is {type(model).__name__}; name a preset or a folder")
     folder = Path(model)
     if folder.is_dir():
         own = folder / "image_encoder"

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from instantbooth import Concept, Personalizer
 from instantbooth.errors import (
@@ -42,6 +43,7 @@ def concept(booth: Personalizer) -> Concept:
         ([portrait(0)[0]], [], "person", ImageError, "0 masks given for 1 images"),
         ([portrait(0)[0]], [Image.new("L", (8, 8), 255)], "person", ImageError, "must have its image's size"),
         ([portrait(0)[0]], [Image.new("L", (40, 40))], "person", ImageError, "marks 0.00%"),
+        ([Image.new("RGBA", (40, 40))], None, "person", ImageError, "the transparency of image 1 marks 0.00%"),
         ([portrait(0)[0]], None, "perso", ParameterError, "Did you mean 'person'"),
     ],
 )
@@ -88,7 +90,7 @@ def test_parameters(
 
 
 def test_folders(tiny: Path, booth: Personalizer, tmp_path: Path) -> None:
-    def load(base: Path | str = tiny / "base", **parts: object) -> None:
+    def load(base: Path | str | None = tiny / "base", **parts: object) -> None:
         Personalizer.from_pretrained(base, **({"image_encoder": tiny / "clip", "weights": tmp_path / "w"} | parts))
 
     def spoiled(part: str, file: str) -> Path:
@@ -96,6 +98,22 @@ def test_folders(tiny: Path, booth: Personalizer, tmp_path: Path) -> None:
         copy = tmp_path / f"{part} without {Path(file).name}"
         shutil.copytree(tiny / part, copy, dirs_exist_ok=True)
         (copy / file).write_text('["version https://git-lfs.github.com/spec/v1"]')
+        return copy
+
+    def without_one_tensor(part: str, file: str) -> Path:
+        copy = tmp_path / f"{part} without a tensor of {Path(file).parent.name or 'its own'}"
+        shutil.copytree(tiny / part, copy, dirs_exist_ok=True)
+        tensors = load_file(copy / file)
+        tensors.pop(next(name for name in tensors if "vision" in name or part == "base"))
+        save_file(tensors, copy / file, metadata={"format": "pt"})
+        return copy
+
+    def inpainting() -> Path:
+        copy = tmp_path / "inpainting"
+        shutil.copytree(tiny / "base", copy)
+        UNet2DConditionModel.from_config(
+            UNet2DConditionModel.load_config(copy / "unet") | {"in_channels": 9}
+        ).save_pretrained(copy / "unet")
         return copy
 
     booth.save_weights(tmp_path / "w")
@@ -114,6 +132,16 @@ def test_folders(tiny: Path, booth: Personalizer, tmp_path: Path) -> None:
         (BaseModelError, "cannot be loaded as", {"base": spoiled("base", "unet/diffusion_pytorch_model.safetensors")}),
         (BaseModelError, "cannot be loaded as", {"base": spoiled("base", "scheduler/scheduler_config.json")}),
         (BaseModelError, "Stable Diffusion XL folder", {"base": xl}),
+        (BaseModelError, "takes 9 channels and gives 4", {"base": inpainting()}),
+        (BaseModelError, "lack 1 tensors", {"base": without_one_tensor("base", "text_encoder/model.safetensors")}),
+        (
+            BaseModelError,
+            "lack 1 tensors",
+            {"base": without_one_tensor("base", "unet/diffusion_pytorch_model.safetensors")},
+        ),
+        (WeightsError, "lack 1 tensors", {"image_encoder": without_one_tensor("clip", "model.safetensors")}),
+        (WeightsError, "model is NoneType; name a preset or a folder", {"base": None}),
+        (ParameterError, "device 'gpu' is unknown", {"device": "gpu"}),
         (WeightsError, "comes without trained weights", {"weights": None}),
     ]
     for error, message, arguments in cases:
@@ -152,6 +180,10 @@ def test_damaged_concepts(concept: Concept, tmp_path: Path) -> None:
     save_file({"x": torch.zeros(1)}, path)
     with pytest.raises(ConceptError, match="holds no concept"):
         Concept.load(path)
+    with pytest.raises(ConceptError, match="None cannot be read as a concept"):
+        Concept.load(None)  # type: ignore[arg-type]
+    with pytest.raises(ConceptError, match="name a file in a folder that exists"):
+        concept.save(tmp_path / "nowhere" / "ada.safetensors")
 
 
 def test_every_error_is_one_of_ours() -> None:

@@ -234,5 +234,7 @@ def test_rays_proxy_leaves_what_is_well_as_it_is() -> None:
 def test_both_stages_compute_in_the_precision_they_are_told() -> None:
     config = ServeConfig(precision="bf16")
     booth, encoder = load(config), load_encoder(config)
-    assert booth.base.unet.dtype == booth.base.vae.dtype == encoder.encoders.patch.weight.dtype == torch.bfloat16
-    assert booth.encoder_digest == encoder.digest != load_encoder(ServeConfig()).digest
+    assert booth.base.unet.dtype == booth.base.vae.dtype == encoder.image_encoder.tower.dtype == torch.bfloat16
+    exact = load(ServeConfig())
+    assert booth.encoder_digest == encoder.digest == exact.encoder_digest, "a concept is good in any precision"
+    assert booth.weights_digest == exact.weights_digest

@@ -89,9 +89,20 @@ def test_the_background_weighs_what_was_asked_and_every_picture_the_same(tiny: P
     assert loss(0.25, torch.ones_like(batch["subject_mask"])) == loss(1.0, batch["subject_mask"])
 
 
-def test_a_background_weight_out_of_range_is_refused() -> None:
-    with pytest.raises(ParameterError, match=r"background_weight must be between 0 and 1, is 1\.5"):
-        AdapterTrainingConfig(background_weight=1.5)
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("background_weight", 1.5, r"background_weight must be from 0 to 1, is 1\.5"),
+        ("text_dropout", 8, "text_dropout must be from 0 to 1, is 8"),
+        ("steps", 0, "steps must be at least 1, is 0"),
+        ("batch_size", 0, "batch_size must be at least 1"),
+        ("clip_norm", 0, "clip_norm must be at least"),
+        ("adapter_learning_rate", float("nan"), "adapter_learning_rate must be from 0 to 1, is nan"),
+    ],
+)
+def test_hyperparameters_out_of_range_are_refused(field: str, value: float, message: str) -> None:
+    with pytest.raises(ParameterError, match=message):
+        AdapterTrainingConfig(**{field: value})  # type: ignore[arg-type]
 
 
 def test_examples_hide_the_background_from_the_reference(tiny: Path) -> None:

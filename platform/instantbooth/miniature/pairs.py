@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor
 
+from instantbooth.errors import ParameterError
 from instantbooth.miniature.autoencoder import encode_latents
 from instantbooth.miniature.corpus import Corpus
 from instantbooth.miniature.crops import subject_crops
@@ -50,7 +51,15 @@ def corpus_latents(corpus: Corpus, vae: AutoencoderKL, folder: Path) -> Tensor:
 
 
 def loop_of(config: AdapterTrainingConfig) -> LoopConfig:
-    """One machine's loop with a method's hyperparameters; the rate falls over the last quarter of the steps."""
+    """One machine's loop with a method's hyperparameters; the rate falls over the last quarter of the steps.
+
+    Raises ParameterError for two learning rates: the loop has one.
+    """
+    if config.encoder_learning_rate != config.adapter_learning_rate:
+        raise ParameterError(
+            f"adapter_learning_rate is {config.adapter_learning_rate:g} and encoder_learning_rate "
+            f"{config.encoder_learning_rate:g}; a training on one machine has one rate: make them equal"
+        )
     return LoopConfig(
         steps=config.steps,
         batch_size=config.batch_size,

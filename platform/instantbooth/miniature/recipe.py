@@ -40,6 +40,9 @@ from instantbooth.prompts import PLACEHOLDER_TOKEN, SUBJECT_FIELD, expand, inser
 from instantbooth.training.adapters import AdapterObjective, AdapterTrainingConfig
 from instantbooth.training.loop import LoopConfig, train
 
+RECORD = "RECORD.json"
+"""What made the models beside it, stage by stage."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -135,6 +138,10 @@ class Workshop:
         """Scaled latents of a corpus, encoded once."""
         return corpus_latents(corpus, self.vae(), self.folder / "corpora")
 
+    def captioned(self, corpus: Corpus) -> Captioned:
+        """What the base learns from."""
+        return Captioned(corpus, self.latents(corpus), self.tokenizer(), placeholder=PLACEHOLDER_TOKEN)
+
 
 def build(folder: Path, recipe: Recipe, *, device: torch.device) -> dict[str, Any]:
     """Runs every stage that has not run yet; returns figures by stage, also kept in models/RECORD.json.
@@ -142,7 +149,7 @@ def build(folder: Path, recipe: Recipe, *, device: torch.device) -> dict[str, An
     Raises ParameterError where a stage that has run was of another recipe.
     """
     workshop = Workshop(folder, recipe, device)
-    record_path = workshop.models / "RECORD.json"
+    record_path = workshop.models / RECORD
     record: dict[str, Any] = json.loads(record_path.read_text()) if record_path.exists() else {}
     _check_recipe(record, recipe, folder)
     record["made_by"] = {
@@ -158,7 +165,9 @@ def build(folder: Path, recipe: Recipe, *, device: torch.device) -> dict[str, An
             figures = stage(workshop)
             record[name] = {**figures, "seconds_of_the_last_sitting": round(time.perf_counter() - started)}
         record_path.parent.mkdir(parents=True, exist_ok=True)
-        record_path.write_text(json.dumps(record, indent=2) + "\n")
+        partial = record_path.with_suffix(".partial")
+        partial.write_text(json.dumps(record, indent=2) + "\n")
+        partial.rename(record_path)
     return record
 
 
@@ -233,38 +242,32 @@ def _build_judges(shop: Workshop) -> dict[str, float]:
 
 
 def _build_diffusion(shop: Workshop) -> dict[str, float]:
-    text_encoder, unet = new_text_encoder(shop.tokenizer()), new_unet()
-    return _train_diffusion(shop, "diffusion", text_encoder, unet, shop.corpus(), shop.recipe.diffusion)
+    return _save_base(shop, *_first_round(shop))
 
 
 def _refine_diffusion(shop: Workshop) -> dict[str, float]:
-    base = shop.models / "base"
-    text_encoder = CLIPTextModel.from_pretrained(base / "text_encoder")
-    unet = UNet2DConditionModel.from_pretrained(base / "unet")
-    return _train_diffusion(shop, "refinement", text_encoder, unet, shop.later_corpus(), shop.recipe.refinement)
+    text_encoder, unet, _ = _first_round(shop)
+    pictures = shop.captioned(shop.later_corpus())
+    config = shop.recipe.refinement
+    losses = train_diffusion("refinement", text_encoder, unet, pictures, config, folder=shop.checkpoints)
+    return _save_base(shop, text_encoder, unet, losses)
 
 
-def _train_diffusion(
-    shop: Workshop,
-    name: str,
-    text_encoder: CLIPTextModel,
-    unet: UNet2DConditionModel,
-    corpus: Corpus,
-    config: LoopConfig,
+def _first_round(shop: Workshop) -> tuple[CLIPTextModel, UNet2DConditionModel, list[float]]:
+    """Trained, or read from the checkpoint at its end."""
+    text_encoder, unet = new_text_encoder(shop.tokenizer()).to(shop.device), new_unet().to(shop.device)
+    pictures, config = shop.captioned(shop.corpus()), shop.recipe.diffusion
+    losses = train_diffusion("diffusion", text_encoder, unet, pictures, config, folder=shop.checkpoints)
+    return text_encoder, unet, losses
+
+
+def _save_base(
+    shop: Workshop, text_encoder: CLIPTextModel, unet: UNet2DConditionModel, losses: list[float]
 ) -> dict[str, float]:
-    tokenizer = shop.tokenizer()
-    losses = train_diffusion(
-        name,
-        text_encoder.to(shop.device),
-        unet.to(shop.device),
-        Captioned(corpus, shop.latents(corpus), tokenizer, placeholder=PLACEHOLDER_TOKEN),
-        config,
-        folder=shop.checkpoints,
-    )
     StableDiffusionPipeline(
         vae=shop.vae(),
         text_encoder=text_encoder,
-        tokenizer=tokenizer,
+        tokenizer=shop.tokenizer(),
         unet=unet,
         scheduler=new_scheduler(),
         safety_checker=None,
@@ -370,15 +373,29 @@ def _tokenized(booth: Personalizer, caption: str, noun: str) -> tuple[list[int],
     return tokenize_subject(booth.base.tokenizer, expand(caption, noun))
 
 
+def check_destination(folder: Path) -> None:
+    """Raises ParameterError where shipping would replace anything but an earlier miniature."""
+    if folder.exists() and not (folder / RECORD).is_file() and (folder.is_file() or any(folder.iterdir())):
+        raise ParameterError(f"{folder} holds something else than a miniature; name an empty or new folder")
+
+
 def ship(models: Path, destination: Path) -> int:
-    """Copies the models with their tensors in float16; returns the bytes shipped."""
-    shutil.rmtree(destination, ignore_errors=True)
+    """Copies the models with their tensors in float16; returns the bytes shipped.
+
+    An earlier miniature there is replaced once all is copied. ParameterError where something else is there.
+    """
+    check_destination(destination)
+    partial = destination.with_name(f"{destination.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
     for path in sorted(file for file in models.rglob("*") if file.is_file()):
-        target = destination / path.relative_to(models)
+        target = partial / path.relative_to(models)
         target.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".safetensors":
             halves = {name: t.half() if t.is_floating_point() else t for name, t in load_file(path).items()}
             save_file(halves, target, metadata={"format": "pt"})
         else:
             shutil.copyfile(path, target)
+    if destination.exists():
+        shutil.rmtree(destination)
+    partial.rename(destination)
     return sum(file.stat().st_size for file in destination.rglob("*") if file.is_file())

@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from instantbooth.errors import BaseModelError
-from instantbooth.model.loading import silent_loading
+from instantbooth.errors import BaseModelError, ParameterError
+from instantbooth.model.loading import load_whole
 from instantbooth.model.samplers import NoiseSchedule
 
 PARTS = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
@@ -38,14 +38,19 @@ class BaseModel:
         check_layout(folder)
         try:
             tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-            with silent_loading():
-                text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=dtype)
-            vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=dtype)
-            unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype)
+            text_encoder = load_whole(CLIPTextModel, folder / "text_encoder", dtype=dtype)
+            vae = load_whole(AutoencoderKL, folder / "vae", torch_dtype=dtype)
+            unet = load_whole(UNet2DConditionModel, folder / "unet", torch_dtype=dtype)
             scheduler = dict(json.loads((folder / "scheduler" / "scheduler_config.json").read_text()))
             schedule = NoiseSchedule.from_config(scheduler)
         except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
             raise BaseModelError(f"{folder} cannot be loaded as Stable Diffusion 1.x: {error}") from error
+        channels = (unet.config.in_channels, unet.config.out_channels, vae.config.latent_channels)
+        if len(set(channels)) > 1:
+            raise BaseModelError(
+                f"{folder}'s U-Net takes {channels[0]} channels and gives {channels[1]}, its VAE has {channels[2]}: "
+                "an inpainting or image-editing model; name a text-to-image one"
+            )
         for module in (text_encoder, vae, unet):
             module.requires_grad_(False).eval().to(device)
         return cls(
@@ -102,8 +107,14 @@ class BaseModel:
 
 
 def device_of(device: str | torch.device | None) -> torch.device:
-    """The named one, else a GPU where there is one."""
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """The named one, else a GPU where there is one. ParameterError for one that this machine has not."""
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ParameterError(f"device {device!r} is unknown; pass 'cpu', 'cuda' or 'cuda:1'") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ParameterError(f"device is {str(device)!r}, and torch finds no GPU here; pass 'cpu'")
+    return chosen
 
 
 def local_folder(name_or_path: str) -> Path | None:

@@ -107,18 +107,23 @@ class Concept:
             raise ConceptError(f"{name} cannot be read as a concept ({error}); encode the subject again") from error
 
     def save(self, path: str | Path) -> None:
-        """Writes what `to_bytes` gives, in one step: a reader never sees a part of it."""
-        target = Path(path)
-        partial = target.with_name(f"{target.name}.partial")
-        partial.write_bytes(self.to_bytes())
-        os.replace(partial, target)
+        """Writes what `to_bytes` gives, in one step: a reader never sees a part of it. ConceptError where it cannot."""
+        try:
+            target = Path(path)
+            partial = target.with_name(f"{target.name}.partial")
+            partial.write_bytes(self.to_bytes())
+            os.replace(partial, target)
+        except (OSError, TypeError, ValueError) as error:
+            raise ConceptError(
+                f"the concept cannot be saved as {path!r} ({error}); name a file in a folder that exists"
+            ) from error
 
     @classmethod
     def load(cls, path: str | Path) -> Concept:
         """Reads what `save` wrote. ConceptError where the file is missing, damaged or no concept."""
         try:
             data = Path(path).read_bytes()
-        except OSError as error:
+        except (OSError, TypeError) as error:
             raise ConceptError(f"{path} cannot be read as a concept ({error}); encode the subject again") from error
         return cls.from_bytes(data, name=str(path))
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModelWithProjection
 
 from instantbooth.errors import WeightsError
-from instantbooth.model.loading import silent_loading
+from instantbooth.model.loading import load_whole
 
 
 class ImageEncoder(nn.Module):
@@ -29,15 +29,14 @@ class ImageEncoder(nn.Module):
         self.patch_layer = patch_layer
         try:
             settings = json.loads((folder / "preprocessor_config.json").read_text())
-            with silent_loading():
-                self.tower = CLIPVisionModelWithProjection.from_pretrained(folder, dtype=dtype).to(device)
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            statistics = {name: torch.tensor(settings[f"image_{name}"]).view(3, 1, 1) for name in ("mean", "std")}
+            self.tower = load_whole(CLIPVisionModelWithProjection, folder, dtype=dtype).to(device)
+        except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
             raise WeightsError(f"{folder} is no CLIP image encoder ({error}); name a CLIP folder") from error
         self.tower.requires_grad_(False).eval()
         self.size = int(self.tower.config.image_size)
-        for name in ("mean", "std"):
-            values = torch.tensor(settings[f"image_{name}"], device=device).view(3, 1, 1)
-            self.register_buffer(name, values, persistent=False)
+        for name, values in statistics.items():
+            self.register_buffer(name, values.to(device), persistent=False)
 
     mean: Tensor
     std: Tensor
@@ -79,7 +78,10 @@ class ImageEncoder(nn.Module):
 
 
 class Encoders(nn.Module):
-    """E_c and E_p without the CLIP they share: one fully connected layer each, the trained part."""
+    """E_c and E_p without the CLIP they share: one fully connected layer each, the trained part.
+
+    They stay in float32, whatever the CLIP computes in: concepts name their encoders by a digest of the weights.
+    """
 
     def __init__(self, *, global_width: int, patch_width: int, text_width: int) -> None:
         super().__init__()
@@ -88,7 +90,8 @@ class Encoders(nn.Module):
 
     def forward(self, global_features: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Features of N images → concept embeddings [N, W] and patch features [N, tokens, W], one for each image."""
-        return self.concept(global_features), self.patch(tokens)
+        dtype = self.concept.weight.dtype
+        return self.concept(global_features.to(dtype)), self.patch(tokens.to(dtype))
 
 
 def resize_to_tensor(image: Image.Image, size: int) -> Tensor:

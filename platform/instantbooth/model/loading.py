@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from diffusers.utils import logging as diffusers_logging
@@ -34,3 +35,15 @@ def silent_loading() -> Iterator[None]:
         diffusers_logging.set_verbosity(diffusers_verbosity)
         if bars:
             logging.enable_progress_bar()
+
+
+def load_whole(kind: Any, folder: Path, **settings: object) -> Any:
+    """`kind.from_pretrained(folder)` of transformers or diffusers, in silence.
+
+    ValueError where the folder's files lack some of the model's tensors, which both would leave random.
+    """
+    with silent_loading():
+        model, found = kind.from_pretrained(folder, output_loading_info=True, **settings)
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(f"its files lack {len(missing)} tensors of {type(model).__name__}, first {missing[0]}")
+    return model

@@ -20,7 +20,7 @@ from instantbooth.model.denoise import Row, denoise, unit_noise
 from instantbooth.model.encoders import Encoders
 from instantbooth.model.samplers import SamplerTable, sampler_table
 from instantbooth.model.subjects import SubjectEncoder
-from instantbooth.model.weights import load_weights, save_weights, tensors_digest, trained_parts
+from instantbooth.model.weights import load_weights, read_tensors, save_weights, tensors_digest, trained_parts
 from instantbooth.parameters import check_range
 from instantbooth.presets import ModelPreset, model_parts
 from instantbooth.prompts import expand, tokenize, tokenize_subject
@@ -70,6 +70,7 @@ class Personalizer:
         self.trained = Trained(subject_encoder.encoders, attach(base.unet, base.text_width))
         self.trained.requires_grad_(False)
         self.placeholder_token = WeightsConfig.placeholder_token
+        self._loaded_digest: str | None = None
 
     @classmethod
     def from_pretrained(
@@ -88,12 +89,14 @@ class Personalizer:
         `weights` is a folder with config.json and weights.safetensors, or registered; the miniature brings its own.
         `image_encoder` is a CLIP folder (the folder's own image_encoder/ where there is one), `segmenter` a
         segmentation model.
-        Raises BaseModelError and WeightsError.
+        Raises BaseModelError, WeightsError and, for a device that is not there, ParameterError.
         """
         parts, folder, config = trained_parts(model, weights, image_encoder, segmenter)
         booth = cls._assemble(parts, config.defaults, device, dtype)
         booth.placeholder_token = config.placeholder_token
         load_weights(folder, booth.trained)
+        if dtype != torch.float32:
+            booth._loaded_digest = tensors_digest(read_tensors(folder))
         return booth
 
     @classmethod
@@ -147,8 +150,8 @@ class Personalizer:
 
     @property
     def weights_digest(self) -> str:
-        """Names everything trained, for provenance."""
-        return tensors_digest(self.trained.state_dict())
+        """Names everything trained, for provenance: in half precision, what was loaded."""
+        return self._loaded_digest or tensors_digest(self.trained.state_dict())
 
     def encode(
         self,
@@ -269,12 +272,11 @@ class Personalizer:
     def sample(self, requests: Sequence[Request]) -> Tensor:
         """Final latents [B, C, h, w] of the requests, which are of one size, denoised together."""
         known: dict[str, dict[str, KeysValues]] = {}
-        for request in requests:
-            if request.concept.digest not in known:
-                known[request.concept.digest] = self.keys_values(request.concept)
         done = []
         for start in range(0, len(requests), MAX_BATCH):
             chosen = requests[start : start + MAX_BATCH]
+            concepts = {request.concept.digest: request.concept for request in chosen}
+            known = {name: known.get(name) or self.keys_values(concept) for name, concept in concepts.items()}
             rows = self.rows(chosen)
             for row, request in zip(rows, chosen, strict=True):
                 row.keys_values = known[request.concept.digest]

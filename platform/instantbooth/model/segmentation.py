@@ -13,7 +13,7 @@ from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
 from instantbooth.errors import ImageError, WeightsError
 from instantbooth.images import MIN_FOREGROUND
-from instantbooth.model.loading import silent_loading
+from instantbooth.model.loading import load_whole
 from instantbooth.prompts import CLASS_NOUNS, class_of
 
 
@@ -24,8 +24,7 @@ class Segmenter:
         """Loads a folder. WeightsError where it holds no such model."""
         try:
             self.processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
-            with silent_loading():
-                self.model: nn.Module = AutoModelForSemanticSegmentation.from_pretrained(folder).eval().to(device)
+            self.model: nn.Module = load_whole(AutoModelForSemanticSegmentation, folder).eval().to(device)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise WeightsError(f"{folder} is no segmentation model of transformers ({error})") from error
         self.labels = {str(label).lower(): int(index) for index, label in self.model.config.id2label.items()}

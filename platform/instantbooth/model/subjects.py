@@ -76,7 +76,7 @@ class SubjectEncoder:
         encoders = Encoders(
             global_width=image_encoder.global_width, patch_width=image_encoder.patch_width, text_width=text_width
         )
-        return cls(image_encoder, encoders.to(device, dtype), segmenter)
+        return cls(image_encoder, encoders.to(device), segmenter)
 
     @property
     def digest(self) -> str:
@@ -146,7 +146,7 @@ class SubjectEncoder:
         self, image: Image.Image, mask: Image.Image | None, name: str, class_noun: str, masked: bool
     ) -> Image.Image:
         if mask is None and image.mode == "RGBA" and image.getchannel("A").getextrema() != (255, 255):
-            mask = image.getchannel("A")
+            mask = check_mask(image.getchannel("A"), image, f"the transparency of {name}")
         if mask is None and masked and self.segmenter is not None:
             mask = self.segmenter.mask(image.convert("RGB"), class_noun, name)
         return subject_square(image, mask if masked else None)

@@ -24,6 +24,7 @@ TENSORS_FILE = "weights.safetensors"
 def save_weights(folder: Path, config: WeightsConfig, trained: nn.Module, *, dtype: torch.dtype) -> None:
     """Writes the folder; config.json last, so that a folder cut short is never taken for weights."""
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG_FILE).unlink(missing_ok=True)
     tensors = {name: value.detach().to("cpu", dtype).contiguous() for name, value in trained.state_dict().items()}
     partial = folder / f"{TENSORS_FILE}.partial"
     save_file(tensors, partial)

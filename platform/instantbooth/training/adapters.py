@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
@@ -26,6 +27,24 @@ from instantbooth.training.attention import write_out_attention
 
 PACKED = ("pixel_values", "reference_pixels", "subject_mask")
 """What examples have as bytes, a quarter of the size, until they are trained on."""
+
+SHARE = (0.0, 1.0)
+BOUNDS = {
+    "steps": (1, math.inf),
+    "batch_size": (1, math.inf),
+    "adapter_learning_rate": SHARE,
+    "encoder_learning_rate": SHARE,
+    "warmup_steps": (0, math.inf),
+    "weight_decay": SHARE,
+    "ema_decay": SHARE,
+    "clip_norm": (1e-6, math.inf),
+    "text_dropout": SHARE,
+    "image_dropout": SHARE,
+    "both_dropout": SHARE,
+    "background_weight": SHARE,
+    "seed": (0, 2**63 - 1),
+}
+"""Lowest and highest value of each field of AdapterTrainingConfig."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,10 +80,11 @@ class AdapterTrainingConfig:
     """All random numbers follow from it."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.background_weight <= 1:
-            raise ParameterError(
-                f"background_weight must be between 0 and 1, is {self.background_weight:g}; 1 is the paper's loss"
-            )
+        for name, (low, high) in BOUNDS.items():
+            value = getattr(self, name)
+            if not low <= value <= high:
+                rule = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+                raise ParameterError(f"{name} must be {rule}, is {value:g}; correct it")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -62,6 +62,7 @@ def train(
 ) -> list[float]:
     """Minimises `loss(examples, generator)` over the trainable parameters of `module`, resuming from `folder`.
 
+    ParameterError where a checkpoint there, `name`.pt, is of a training with another configuration.
     At the end `module` holds the averaged parameters, in eval mode. Returns the loss of every step.
     bfloat16 autocast is used throughout: on CPUs with AVX512-BF16 it halves the time of convolutions.
     """
@@ -101,7 +102,7 @@ def _descend(
         parameters, lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.99), fused=True
     )
     ema = EMA(parameters, config.ema_decay)
-    losses = _restore(checkpoint, parameters, optimizer, ema, device) if checkpoint.exists() else []
+    losses = _restore(checkpoint, config, parameters, optimizer, ema, device) if checkpoint.exists() else []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
         bar = progress.add_task(name, total=config.steps, completed=len(losses))
@@ -116,7 +117,7 @@ def _descend(
             recent = sum(losses[-50:]) / len(losses[-50:])
             progress.update(bar, advance=1, description=f"{name}  loss {recent:.4f}")
             if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
-                _save(checkpoint, parameters, optimizer, ema, losses)
+                _save(checkpoint, config, parameters, optimizer, ema, losses)
     ema.swap()
     return losses
 
@@ -138,7 +139,12 @@ def _schedule(step: int, config: LoopConfig) -> float:
 
 
 def _save(
-    path: Path, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, ema: EMA, losses: list[float]
+    path: Path,
+    config: LoopConfig,
+    parameters: list[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    ema: EMA,
+    losses: list[float],
 ) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {
@@ -146,6 +152,7 @@ def _save(
         "optimizer": optimizer.state_dict(),
         "ema": ema.state_dict(),
         "losses": losses,
+        "config": asdict(config),
     }
     partial = path.with_suffix(".partial")
     torch.save(state, partial)
@@ -153,9 +160,19 @@ def _save(
 
 
 def _restore(
-    path: Path, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, ema: EMA, device: torch.device
+    path: Path,
+    config: LoopConfig,
+    parameters: list[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    ema: EMA,
+    device: torch.device,
 ) -> list[float]:
     state = torch.load(path, map_location=device, weights_only=True)
+    asked = asdict(config)
+    if changed := [f"{name} {state['config'][name]}" for name in asked if state["config"][name] != asked[name]]:
+        raise ParameterError(
+            f"{path} is of a training with {', '.join(changed)}; repeat its options, or name another output folder"
+        )
     with torch.no_grad():
         for parameter, saved in zip(parameters, state["parameters"], strict=True):
             parameter.copy_(saved)

@@ -18,7 +18,7 @@ from instantbooth.evaluation.methods.interface import Method, Sampling
 from instantbooth.evaluation.methods.ip_adapter import IPAdapter, IPAdapterConfig
 from instantbooth.evaluation.methods.personalizer import InstantBooth, InstantBoothConfig
 from instantbooth.evaluation.methods.textual_inversion import TextualInversion, TextualInversionConfig
-from instantbooth.model.base import BaseModel, locate
+from instantbooth.model.base import BaseModel, device_of, locate
 from instantbooth.presets import ModelPreset
 
 
@@ -103,7 +103,7 @@ def _booth(parts: Parts) -> Personalizer:
 
 
 def _base(parts: Parts) -> BaseModel:
-    return BaseModel.load(parts.models.base, device=torch.device(parts.device), dtype=torch.float32)
+    return BaseModel.load(parts.models.base, device=device_of(parts.device), dtype=torch.float32)
 
 
 def _ip_adapter(parts: Parts, config: IPAdapterConfig) -> IPAdapter:

@@ -1,0 +1,67 @@
+"""The miniature from nothing: every stage in its smallest size, gone on with, and shipped."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from instantbooth import Personalizer
+from instantbooth.errors import ParameterError
+from instantbooth.miniature.pairs import loop_of
+from instantbooth.miniature.recipe import Recipe, build, ship
+from instantbooth.presets import miniature_preset
+from instantbooth.training.adapters import AdapterTrainingConfig
+from instantbooth.training.loop import LoopConfig
+
+CPU = torch.device("cpu")
+
+
+def smallest() -> Recipe:
+    """Two steps of everything."""
+    recipe = Recipe(
+        pretraining_pictures=8, later_pictures=16, judging_identities=8, held_out_identities=8, validation_subjects=2
+    )
+    loops = {field.name: getattr(recipe, field.name) for field in fields(recipe)}
+    loops = {name: loop for name, loop in loops.items() if isinstance(loop, LoopConfig)}
+    shorter = {name: replace(loop, steps=2, batch_size=8, decay_steps=1) for name, loop in loops.items()}
+    adapters = replace(recipe.adapters, steps=2, batch_size=8)
+    return replace(recipe, **shorter, adapters=adapters)
+
+
+@pytest.mark.full
+def test_a_build_from_nothing_can_be_repeated_gone_on_with_and_shipped(tmp_path: Path) -> None:
+    recipe, folder = smallest(), tmp_path / "built"
+    record = build(folder, recipe, device=CPU)
+    assert build(folder, recipe, device=CPU) == record, "what is made is not made again"
+
+    unet = folder / "models/base/unet/diffusion_pytorch_model.safetensors"
+    whole = unet.read_bytes()
+    unet.write_bytes(whole[:1000])
+    del record["refinement"]
+    (folder / "models/RECORD.json").write_text(json.dumps(record))
+    build(folder, recipe, device=CPU)
+    assert unet.read_bytes() == whole, "a stage cut short while it saved is made up for"
+
+    with pytest.raises(ParameterError, match="holds the stage 'adapters'"):
+        build(folder, replace(recipe, adapters=AdapterTrainingConfig(steps=3)), device=CPU)
+
+    ship(folder / "models", tmp_path / "shipped")
+    assert ship(folder / "models", tmp_path / "shipped") <= 40e6
+    preset = miniature_preset(tmp_path / "shipped")
+    Personalizer.from_pretrained(preset.base, weights=preset.weights, image_encoder=preset.image_encoder, device="cpu")
+
+
+def test_shipping_replaces_nothing_but_a_miniature(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("the only copy")
+    with pytest.raises(ParameterError, match="holds something else than a miniature"):
+        ship(tmp_path / "models", tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "the only copy"
+
+
+def test_two_learning_rates_are_refused_where_there_is_one() -> None:
+    with pytest.raises(ParameterError, match="make them equal"):
+        loop_of(AdapterTrainingConfig(encoder_learning_rate=1e-4))
