@@ -57,6 +57,11 @@ def class_noun_of(seed: int) -> str:
     return CLASS_NOUNS[seed % 2]
 
 
+def draw_noun(seed: int, rng: np.random.Generator) -> str:
+    """What a caption calls the subject: often its class, sometimes "woman", "kitten" …"""
+    return str(rng.choice(NOUNS[class_noun_of(seed)])) if rng.random() < 0.3 else class_noun_of(seed)
+
+
 def identity_of(seed: int) -> Identity:
     """The identity behind a seed."""
     return Identity.sample(class_noun_of(seed), seed)
@@ -111,7 +116,7 @@ def _render_identity(split: str, pictures: int, number: int) -> list[_Row]:
     rows = []
     for _ in range(pictures):
         scene = Scene.sample(rng)
-        noun = str(rng.choice(NOUNS[class_noun_of(seed)])) if rng.random() < 0.3 else class_noun_of(seed)
+        noun = draw_noun(seed, rng)
         picture = render(identity, scene)
         labels = labels_of({"subject": class_noun_of(seed)} | scene.attributes())
         words = (scene.caption(noun, rng), noun, identity.description())

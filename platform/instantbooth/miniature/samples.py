@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 
 from instantbooth.manifest import SUBJECT, ManifestRow
-from instantbooth.miniature.corpus import class_noun_of, identity_of, subject_seed
-from instantbooth.miniature.world import NOUNS, SIZE, Picture, Scene, caption_of, render
+from instantbooth.miniature.corpus import class_noun_of, draw_noun, identity_of, subject_seed
+from instantbooth.miniature.world import SIZE, Picture, Scene, caption_of, render
 from instantbooth.storage import ObjectStore
 
 SPLIT = "demo"
@@ -64,7 +64,7 @@ def write_pairs(store: ObjectStore, prefix: str, count: int) -> Iterator[int]:
     for number in range(count):
         seed = subject_seed(SPLIT, number)
         rng = np.random.default_rng([seed, 1])
-        noun = str(rng.choice(NOUNS[class_noun_of(seed)])) if rng.random() < 0.3 else class_noun_of(seed)
+        noun = draw_noun(seed, rng)
         scene = Scene.sample(rng)
         picture = render(identity_of(seed), scene)
         lines.append(_write_pair(store, prefix, f"{number:05d}", picture, scene.caption(noun, rng)))
