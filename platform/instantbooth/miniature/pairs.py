@@ -51,7 +51,7 @@ def corpus_latents(corpus: Corpus, vae: AutoencoderKL, folder: Path) -> Tensor:
 
 
 def loop_of(config: AdapterTrainingConfig) -> LoopConfig:
-    """One machine's loop with a method's hyperparameters; the rate falls over the last quarter of the steps.
+    """One machine's loop with a method's hyperparameters; the rate falls over the second half of the steps.
 
     Raises ParameterError for two learning rates: the loop has one.
     """
@@ -66,7 +66,7 @@ def loop_of(config: AdapterTrainingConfig) -> LoopConfig:
         processes=2,
         learning_rate=config.adapter_learning_rate,
         warmup_steps=config.warmup_steps,
-        decay_steps=config.steps // 4,
+        decay_steps=config.steps // 2,
         weight_decay=config.weight_decay,
         ema_decay=config.ema_decay,
         clip_norm=config.clip_norm,

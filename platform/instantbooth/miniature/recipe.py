@@ -82,7 +82,9 @@ class Recipe:
         seed=1,
     )
     """The base again, from its averaged weights: a fresh optimizer, and the rate falls all the way."""
-    adapters: AdapterTrainingConfig = AdapterTrainingConfig(steps=10_000, background_weight=0.25)
+    adapters: AdapterTrainingConfig = AdapterTrainingConfig(
+        steps=7500, adapter_learning_rate=1.2e-3, encoder_learning_rate=1.2e-3, background_weight=0.25
+    )
     defaults: GenerationDefaults = GenerationDefaults(
         adapter_scale=1.0, concept_scale=1.0, guidance_scale=3.0, num_inference_steps=25
     )
