@@ -90,6 +90,7 @@ def train(config: TrainConfig) -> TrainReport:
     Raises InstantBoothError for a data set, base or weights that cannot be used, TrainingError where too many batches
     were skipped, StoppedError after SIGTERM.
     """
+    config = config.absolute()
     shards = Shards.of(config.data)
     check_cluster(config)
     done = _done(config, shards)

@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import ray
 import ray.train
@@ -26,7 +29,7 @@ from torch import Tensor
 
 from instantbooth import Personalizer
 from instantbooth.errors import InstantBoothError, ParameterError, StorageError, TrainingError
-from instantbooth.storage import ObjectStore, open_store, patiently
+from instantbooth.storage import ObjectStore, absolute_uri, open_store, patiently
 from instantbooth.tracking import Delivery
 from instantbooth.training.adapters import AdapterTrainingConfig, ExamplePreparer
 from instantbooth.training.checkpoints import Checkpoints, Saver, log_bytes
@@ -114,6 +117,14 @@ class TrainConfig:
     def run(self) -> str:
         """The run's folder as the same URI however it is written; by it MLflow finds the run again."""
         return open_store(self.output).uri(LOG.rstrip("/")).rpartition("/")[0]
+
+    def absolute(self) -> TrainConfig:
+        """The same from any working directory: Ray Train moves each of its workers into a folder of its own."""
+        artifacts = self.artifacts
+        if artifacts is not None and not urlsplit(artifacts).scheme:
+            artifacts = str(Path(artifacts).absolute())
+        places = {name: absolute_uri(getattr(self, name)) for name in ("data", "output")}
+        return replace(self, model=self.model.absolute(), artifacts=artifacts, **places)
 
     def checkpoints(self) -> Checkpoints:
         """Those of the run."""
@@ -204,6 +215,8 @@ def train_worker(settings: dict[str, Any]) -> Ending:
 
 
 def _trained(job: TrainingJob, monitor: ray.actor.ActorHandle) -> Ending:
+    # By it a base at models:/ is found; the default is relative, and this process is elsewhere.
+    os.environ["MLFLOW_TRACKING_URI"] = job.config.model.tracking_uri
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
     if device.type == "cpu":

@@ -84,6 +84,14 @@ def open_store(uri: str) -> ObjectStore:
     return FileStore(_local_path(uri).absolute())
 
 
+def absolute_uri(uri: str) -> str:
+    """The same place from any working directory: at file:// or at a plain path, as an absolute path.
+
+    Raises StorageError for another scheme.
+    """
+    return uri if check_uri(uri) == "s3" else str(_local_path(uri).absolute())
+
+
 def read_uri(uri: str, *, max_bytes: int | None = None) -> bytes:
     """One object by its file:// or s3:// URI or plain path; a symbolic link to a file is followed.
 

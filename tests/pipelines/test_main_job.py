@@ -164,13 +164,20 @@ def test_workers_that_are_started_again_learn_what_no_restart_mends() -> None:
     assert train_worker({"job": None, "monitor": monitor}) == Ending(step=0, failure="the caption is too long")
 
 
-def test_a_run_of_the_same_name_continues_from_its_last_checkpoint(project: Project, trained: TrainReport) -> None:
-    longer = train(train_config(project, steps=7))
+def test_a_run_of_the_same_name_continues_from_its_last_checkpoint(
+    project: Project, trained: TrainReport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project.folder)
+    whole = train_config(project, steps=7)
+    model = ModelConfig(
+        base="model/base", image_encoder="model/clip", weights="weights", tracking_uri="sqlite:///mlflow.db"
+    )
+    longer = train(replace(whole, data="curated", output="train/short", artifacts="artifacts", model=model))
     run = TrackedRun(tracking_uri=project.model.tracking_uri, run_id=longer.run_id)
     assert [step for step, _ in run.curve("loss")][-2:] == [6, 7]
     assert longer.weights != trained.weights
     assert longer.run_id == trained.run_id
-    assert train(train_config(project, steps=7)) == longer
+    assert train(whole) == longer
 
 
 @pytest.mark.full
