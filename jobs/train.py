@@ -20,6 +20,7 @@ import tyro
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import WorkerGroupError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
 from instantbooth.errors import InstantBoothError, ParameterError, StoppedError, TrainingError
@@ -142,7 +143,9 @@ class _InterruptibleTrainer(TorchTrainer):
 def _fit(job: TrainingJob, done: int) -> Ending:
     """Runs the workers, restarted as often as max_failures says; a bar follows them."""
     config = job.config
-    monitor = ray.remote(Monitor).options(num_cpus=0).remote(done)
+    # Beside the driver: on another node, a spot one for instance, it would be lost with that.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    monitor = ray.remote(Monitor).options(num_cpus=0, scheduling_strategy=here).remote(done)
     # Ray Train's own folder stays empty: checkpoints are the run's, and it would resume no data position.
     with tempfile.TemporaryDirectory() as scratch, _asked_to_stop(monitor):
         trainer = _InterruptibleTrainer(
