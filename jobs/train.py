@@ -29,7 +29,7 @@ from instantbooth.presets import model_parts
 from instantbooth.prompts import PLACEHOLDER_TOKEN
 from instantbooth.storage import FileStore, open_store, patiently
 from instantbooth.training.adapters import AdapterTrainingConfig, ExamplePreparer
-from instantbooth.training.session import WEIGHTS, check_order
+from instantbooth.training.session import WEIGHTS, check_run
 from jobs import cli
 from jobs.cluster import ray_cluster
 from jobs.tracked import Tracking
@@ -94,11 +94,12 @@ def train(config: TrainConfig) -> TrainReport:
     config = config.absolute()
     shards = Shards.of(config.data)
     check_cluster(config)
-    done = _done(config, shards)
     if config.precomputed:
         parts = model_parts(config.model.base, None, config.model.image_encoder, None)
         shards.check_precomputed(locate(parts.base), PLACEHOLDER_TOKEN)
     booth = config.start(device="cpu")
+    fingerprint = config.fingerprint(shards, booth)
+    done = _done(config, fingerprint)
     preparer = ExamplePreparer(
         tokenizer=booth.base.tokenizer,
         image_size=booth.base.image_size,
@@ -106,7 +107,7 @@ def train(config: TrainConfig) -> TrainReport:
         encoder_size=booth.image_encoder.size,
         with_pixels=not config.precomputed,
     )
-    job = TrainingJob(config=config, shards=shards, prepare=preparer)
+    job = TrainingJob(config=config, shards=shards, prepare=preparer, fingerprint=fingerprint)
     with _tracked(config, shards) as tracking:
         if done < config.adapters.steps:
             _raise_for(_fit(job, done))
@@ -207,12 +208,12 @@ def _raise_for(ending: Ending) -> None:
         raise StoppedError(f"asked to stop, and saved step {ending.step}; the same command goes on from there")
 
 
-def _done(config: TrainConfig, shards: Shards) -> int:
+def _done(config: TrainConfig, fingerprint: str) -> int:
     """Steps that the output holds already. TrainingError where they are of another training."""
     found = config.checkpoints().latest()
     if found is None:
         return 0
-    check_order(found[1], config.fingerprint(shards))
+    check_run(found[1], fingerprint)
     return found[0].step
 
 

@@ -29,13 +29,17 @@ from torch import Tensor
 
 from instantbooth import Personalizer
 from instantbooth.errors import InstantBoothError, ParameterError, StorageError, TrainingError
+from instantbooth.model.base import PARTS, locate
+from instantbooth.presets import model_parts
 from instantbooth.storage import ObjectStore, absolute_uri, open_store, patiently
 from instantbooth.tracking import Delivery
 from instantbooth.training.adapters import AdapterTrainingConfig, ExamplePreparer
 from instantbooth.training.checkpoints import Checkpoints, Saver, log_bytes
 from instantbooth.training.flops import seconds_at_peak
 from instantbooth.training.session import ComputeConfig, Outcome, TrainingSession
+from pipelines.curation.segment import folder_digest
 from pipelines.curation.shards import VALIDATION
+from pipelines.curation.sources import digest_of
 from pipelines.feed import Shards, TrainingFeed, first_examples, rows_per_task, sample_name
 from pipelines.model import ModelConfig
 from pipelines.pace import Pace
@@ -130,9 +134,14 @@ class TrainConfig:
         """Those of the run."""
         return Checkpoints(store=open_store(self.output), keep_last=self.keep_last, keep_best=self.keep_best)
 
-    def fingerprint(self, shards: Shards) -> str:
-        """What decides which sample comes when."""
-        return f"data {shards.digest[:16]}, seed {self.adapters.seed}, batch size {self.adapters.batch_size}"
+    def fingerprint(self, shards: Shards, booth: Personalizer) -> str:
+        """What a run keeps to its end: which sample comes when, and the content of the models that stay frozen."""
+        base = locate(model_parts(self.model.base, None, self.model.image_encoder, None).base)
+        frozen = digest_of(*(folder_digest(base / part) for part in PARTS))
+        return (
+            f"data {shards.digest[:16]}, seed {self.adapters.seed}, batch size {self.adapters.batch_size}, "
+            f"base {frozen[:16]}, image encoder {booth.image_encoder.digest[:16]}"
+        )
 
     def start(self, *, device: str) -> Personalizer:
         """The model before its first step; the same on every worker."""
@@ -149,6 +158,8 @@ class TrainingJob:
     config: TrainConfig
     shards: Shards
     prepare: ExamplePreparer
+    fingerprint: str
+    """TrainConfig's."""
 
 
 class Monitor:
@@ -225,7 +236,7 @@ def _trained(job: TrainingJob, monitor: ray.actor.ActorHandle) -> Ending:
         booth=job.config.start(device=str(device)),
         config=job.config.adapters,
         compute=job.config.compute,
-        fingerprint=job.config.fingerprint(job.shards),
+        fingerprint=job.fingerprint,
     )
     restore(session, job.config.checkpoints())
     worker = Worker(job, session, monitor, rank=context.get_world_rank(), world=context.get_world_size())

@@ -1,6 +1,7 @@
 """The main job from end to end on a tiny model with random weights: pairs → shards → training → pictures."""
 
 import json
+import shutil
 import signal
 from dataclasses import dataclass, replace
 from io import BytesIO
@@ -189,6 +190,21 @@ def test_a_training_goes_on_where_mlflow_is_down(project: Project) -> None:
     assert train(replace(config, output=output)).weights.startswith("models:/instantbooth/")
 
 
+def other_models(project: Project) -> tuple[ModelConfig, ModelConfig]:
+    """The project's, with another noise schedule; the project's, with another CLIP. All shapes are the same."""
+    folder = project.folder / "others"
+    for part in ("base", "clip"):
+        shutil.copytree(project.folder / "model" / part, folder / part)
+    schedule = folder / "base" / "scheduler" / "scheduler_config.json"
+    schedule.write_text(schedule.read_text().replace("0.012", "0.011"))
+    clip = folder / "clip" / "model.safetensors"
+    clip.write_bytes(save({name: values + 0.01 for name, values in load_file(clip).items()}, {"format": "pt"}))
+    return (
+        replace(project.model, base=str(folder / "base")),
+        replace(project.model, image_encoder=str(folder / "clip")),
+    )
+
+
 def test_what_training_cannot_have_is_refused_at_once(project: Project, trained: TrainReport) -> None:
     config = train_config(project, steps=5)
     with pytest.raises(ParameterError, match=r"asks for 2 GPU, the cluster has 0; .*minReplicas"):
@@ -197,6 +213,9 @@ def test_what_training_cannot_have_is_refused_at_once(project: Project, trained:
         train(replace(config, workers=4))
     with pytest.raises(TrainingError, match="batch size 4, not"):
         train(replace(config, adapters=replace(config.adapters, batch_size=8)))
+    for model, part in zip(other_models(project), ("base", "image encoder"), strict=True):
+        with pytest.raises(TrainingError, match=rf"a run with {part} \w{{16}}, not {part} \w{{16}}; a run keeps"):
+            train(replace(config, model=model))
     with pytest.raises(TrainingError, match="nothing precomputed"):
         train(replace(config, precomputed=True))
     missing = ModelConfig(**(vars(project.model) | {"weights": "models:/instantbooth@nobody"}))

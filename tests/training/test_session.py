@@ -100,6 +100,20 @@ def test_another_order_of_samples_is_refused(tiny: Path) -> None:
         other.restore(files)
 
 
+def test_what_may_change_on_the_way_changes(tiny: Path, batches: list[dict[str, Tensor]]) -> None:
+    before = session(tiny, ComputeConfig(precision="bf16"), weight_decay=0.5)
+    before.advance(batches[0])
+    after = session(tiny, ComputeConfig(precision="fp16"), weight_decay=0.25)
+    after.restore(before.snapshot()())
+    assert torch.equal(parameters(before), parameters(after))
+    assert [group["weight_decay"] for group in after.optimizer.param_groups] == [0.25, 0.25]
+    assert after.scaler.get_scale() > 1, "loss is scaled, as from a beginning in fp16"
+    assert after.advance(batches[1]).skipped is None
+    back = session(tiny, ComputeConfig(precision="bf16"))
+    back.restore(after.snapshot()())
+    assert back.step == 2
+
+
 def test_accumulated_parts_are_one_batch_and_checkpointing_changes_nothing(
     tiny: Path, batches: list[dict[str, Tensor]]
 ) -> None:
