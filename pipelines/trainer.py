@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import platform
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -276,6 +277,7 @@ class Worker:
         self.monitor = monitor
         self.rank = rank
         self.world = world
+        self.machine = f"{world} × {machine_of(session.device)}"
         self.store: ObjectStore = open_store(job.config.output)
         self.checkpoints = job.config.checkpoints()
         self.saver = Saver()
@@ -357,8 +359,9 @@ class Worker:
     def _note(
         self, batch: dict[str, Tensor], outcome: Outcome, metrics: dict[str, float], delivery: Delivery | None
     ) -> None:
-        line = {"step": self.session.step, "time": time.time(), "samples": batch["sample"].tolist()}
-        self.lines.append(line | {"skipped": outcome.skipped, "metrics": metrics})
+        line = {"step": self.session.step, "time": time.time(), "machine": self.machine}
+        line |= {"samples": batch["sample"].tolist(), "skipped": outcome.skipped, "metrics": metrics}
+        self.lines.append(line)
         if delivery:
             delivery.log(metrics, self.session.step)
             if time.perf_counter() - self.reported > REPORT_EVERY_S:
@@ -407,6 +410,13 @@ class Worker:
         if self.rank:
             return None
         return Delivery(self.config.model.tracking_uri, self.config.run, artifacts=self.config.artifacts)
+
+
+def machine_of(device: torch.device) -> str:
+    """What a worker computes on: its GPU's name, or its node's and processor's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.node()}, {platform.processor() or platform.machine()}"
 
 
 def shaped(batch: dict[str, Tensor], booth: Personalizer) -> dict[str, Tensor]:

@@ -91,6 +91,8 @@ def test_training_changes_the_weights_and_is_tracked_and_registered(project: Pro
     run = TrackedRun(tracking_uri=project.model.tracking_uri, run_id=trained.run_id)
     assert [step for step, _ in run.curve("loss")] == [1, 2, 3, 4, 5]
     assert trained.steps == 5
+    tags = MlflowClient(project.model.tracking_uri).get_run(trained.run_id).data.tags
+    assert tags["machine"].startswith("2 × "), "the workers', as their log tells"
     registered = ModelConfig(**(vars(project.model) | {"weights": trained.weights})).load(device="cpu")
     local = Personalizer.from_pretrained(
         project.model.base, image_encoder=project.model.image_encoder, weights=trained.folder, device="cpu"
