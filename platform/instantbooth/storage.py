@@ -68,6 +68,10 @@ class ObjectStore(Protocol):
         """Takes an object away; one that is not there is no error."""
         ...
 
+    def sweep(self, folder: str) -> None:
+        """Takes away what writers that were killed left unfinished below a key; nobody else may be writing there."""
+        ...
+
     def uri(self, key: str) -> str:
         """Where the object is, for `read_uri`."""
         ...
@@ -201,6 +205,11 @@ class FileStore:
         with self._operation("delete", key) as path:
             path.unlink(missing_ok=True)
 
+    def sweep(self, folder: str) -> None:
+        with self._operation("sweep", folder) as path:
+            for unfinished in path.rglob(f"{UNFINISHED}*"):
+                unfinished.unlink(missing_ok=True)
+
     def uri(self, key: str) -> str:
         return (self.root / check_key(key)).absolute().as_uri()
 
@@ -279,6 +288,9 @@ class S3Store:
     def delete(self, key: str) -> None:
         with self._operation("delete", key) as (client, target):
             client.delete_object(**target)
+
+    def sweep(self, folder: str) -> None:
+        """Nothing is left: an object is there whole or not at all."""
 
     def uri(self, key: str) -> str:
         return f"s3://{self.bucket}/{self._full_key(check_key(key))}"
