@@ -18,6 +18,8 @@ TRACKING=http://127.0.0.1:$MLFLOW_PORT
 PIDS=()
 
 export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0 DIFFUSERS_DISABLE_REMOTE_CODE=1 OMP_NUM_THREADS=1
+# A job's working directory comes without its repository.
+export CODE_REVISION=${CODE_REVISION:-$(git describe --always --dirty 2>/dev/null || true)}
 # Many self-hosted S3 servers refuse the checksums that clients send by default.
 export AWS_REQUEST_CHECKSUM_CALCULATION=when_required AWS_DEFAULT_REGION=${AWS_DEFAULT_REGION:-us-east-1}
 
@@ -66,7 +68,8 @@ job() {
     local environment
     environment=$(python - <<'PYTHON'
 import json, os
-names = [name for name in os.environ if name.startswith("AWS_")] + ["OMP_NUM_THREADS", "DIFFUSERS_DISABLE_REMOTE_CODE"]
+names = [name for name in os.environ if name.startswith("AWS_")]
+names += ["CODE_REVISION", "OMP_NUM_THREADS", "DIFFUSERS_DISABLE_REMOTE_CODE"]
 print(json.dumps({"env_vars": {"PYTHONPATH": "platform"} | {name: os.environ[name] for name in names}}))
 PYTHON
     )

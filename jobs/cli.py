@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from typing import Annotated, TypeVar
 
 import tyro
@@ -14,6 +16,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
@@ -21,6 +24,9 @@ from rich.progress import (
 )
 
 from instantbooth.errors import InstantBoothError, StoppedError
+
+PLAIN_EVERY_S = 60.0
+"""Between two lines that stand for a progress bar."""
 
 Config = TypeVar("Config")
 Flat = Annotated[Config, tyro.conf.arg(name="")]
@@ -63,14 +69,24 @@ def ending() -> Iterator[None]:
 def following(title: str, total: int, look: Callable[[], tuple[int, str]], *, done: int = 0) -> Iterator[None]:
     """A progress bar for work done elsewhere: `look` tells how much is done, and a word on it, once a second.
 
-    `done` is what an earlier run did: the time that is left is not reckoned by it.
+    Without a terminal a line a minute says the same. `done` is what an earlier run did: the time that is left is not
+    reckoned by it.
     """
     finished = threading.Event()
 
-    def follow(progress: Progress, bar: TaskID) -> None:
-        while not finished.wait(1.0):
+    def update(progress: Progress, bar: TaskID) -> None:
+        # Who is asked may be gone with the work. How that ended is not for its bar to say.
+        with suppress(Exception):
             done, word = look()
             progress.update(bar, completed=done, word=word)
+
+    def follow(progress: Progress, bar: TaskID) -> None:
+        due = time.monotonic()
+        while not finished.wait(1.0):
+            update(progress, bar)
+            if not progress.console.is_terminal and time.monotonic() >= due:
+                due += PLAIN_EVERY_S
+                progress.console.print(_plain(progress.tasks[bar]), soft_wrap=True, markup=False, highlight=False)
 
     columns = (TextColumn("{task.description:12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[word]}")) as progress:
@@ -82,5 +98,14 @@ def following(title: str, total: int, look: Callable[[], tuple[int, str]], *, do
         finally:
             finished.set()
             follower.join()
-            done, word = look()
-            progress.update(bar, completed=done, word=word)
+            update(progress, bar)
+
+
+def _plain(task: Task) -> str:
+    """A bar in words."""
+    words = [f"{task.description}: {task.completed:g} of {task.total:g}", task.fields["word"]]
+    if task.speed:
+        words.append(f"{task.speed:.3g} a second")
+    if task.time_remaining is not None:
+        words.append(f"{timedelta(seconds=round(task.time_remaining))} left")
+    return ", ".join(words)

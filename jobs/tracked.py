@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import platform
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -40,7 +39,7 @@ class Tracking:
         self._given_up = False
 
     def begin(self, shards: Shards) -> None:
-        """Opens the run, and notes options, data, code and machine."""
+        """Opens the run, and notes options, data and code."""
         with self._attempt("training goes on, and its metrics are delivered when it is back"):
             run = self._opened()
             run.log_parameters(_flat(asdict(self.config)) | {"dataset_digest": shards.digest})
@@ -60,13 +59,15 @@ class Tracking:
         return "", folder
 
     def end(self, status: str) -> None:
-        """Delivers what the training's own log has and the run has not; FINISHED, KILLED or FAILED."""
+        """Delivers what the training's own log has and the run has not, its machines too; FINISHED, KILLED, FAILED."""
         if self._given_up:
             return
         with self._attempt(f"what it missed is in {self.config.output}/{LOG}, and the same command delivers it"):
             run = self._opened()
             store = open_store(self.config.output)
-            run.deliver({step: line["metrics"] for step, line in log_lines(store, LOG).items()})
+            lines = log_lines(store, LOG)
+            run.deliver({step: line["metrics"] for step, line in lines.items()})
+            run.tag({"machine": ", ".join(sorted({line["machine"] for line in lines.values()}))})
             missing = set(store.list(f"{PICTURES}/")) - run.kept(PICTURES)
             run.keep({key: patiently(partial(store.get, key)) for key in missing})
             run.end(status)
@@ -96,10 +97,9 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, object]:
 
 
 def _provenance() -> dict[str, object]:
-    """Which code, on which machine."""
+    """Which code; on which machine, the log says."""
     return {
         "code": _revision(),
-        "machine": f"{platform.node()}, {platform.processor() or platform.machine()}",
         "torch": torch.__version__,
         "ray": ray.__version__,
     }

@@ -20,6 +20,7 @@ import tyro
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import WorkerGroupError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
 from instantbooth.errors import InstantBoothError, ParameterError, StoppedError, TrainingError
@@ -28,7 +29,7 @@ from instantbooth.presets import model_parts
 from instantbooth.prompts import PLACEHOLDER_TOKEN
 from instantbooth.storage import FileStore, open_store, patiently
 from instantbooth.training.adapters import AdapterTrainingConfig, ExamplePreparer
-from instantbooth.training.session import WEIGHTS, check_order
+from instantbooth.training.session import WEIGHTS, check_run
 from jobs import cli
 from jobs.cluster import ray_cluster
 from jobs.tracked import Tracking
@@ -90,13 +91,15 @@ def train(config: TrainConfig) -> TrainReport:
     Raises InstantBoothError for a data set, base or weights that cannot be used, TrainingError where too many batches
     were skipped, StoppedError after SIGTERM.
     """
+    config = config.absolute()
     shards = Shards.of(config.data)
     check_cluster(config)
-    done = _done(config, shards)
     if config.precomputed:
         parts = model_parts(config.model.base, None, config.model.image_encoder, None)
         shards.check_precomputed(locate(parts.base), PLACEHOLDER_TOKEN)
     booth = config.start(device="cpu")
+    fingerprint = config.fingerprint(shards, booth)
+    done = _done(config, fingerprint)
     preparer = ExamplePreparer(
         tokenizer=booth.base.tokenizer,
         image_size=booth.base.image_size,
@@ -104,7 +107,7 @@ def train(config: TrainConfig) -> TrainReport:
         encoder_size=booth.image_encoder.size,
         with_pixels=not config.precomputed,
     )
-    job = TrainingJob(config=config, shards=shards, prepare=preparer)
+    job = TrainingJob(config=config, shards=shards, prepare=preparer, fingerprint=fingerprint)
     with _tracked(config, shards) as tracking:
         if done < config.adapters.steps:
             _raise_for(_fit(job, done))
@@ -141,7 +144,9 @@ class _InterruptibleTrainer(TorchTrainer):
 def _fit(job: TrainingJob, done: int) -> Ending:
     """Runs the workers, restarted as often as max_failures says; a bar follows them."""
     config = job.config
-    monitor = ray.remote(Monitor).options(num_cpus=0).remote(done)
+    # Beside the driver: on another node, a spot one for instance, it would be lost with that.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    monitor = ray.remote(Monitor).options(num_cpus=0, scheduling_strategy=here).remote(done)
     # Ray Train's own folder stays empty: checkpoints are the run's, and it would resume no data position.
     with tempfile.TemporaryDirectory() as scratch, _asked_to_stop(monitor):
         trainer = _InterruptibleTrainer(
@@ -203,12 +208,12 @@ def _raise_for(ending: Ending) -> None:
         raise StoppedError(f"asked to stop, and saved step {ending.step}; the same command goes on from there")
 
 
-def _done(config: TrainConfig, shards: Shards) -> int:
+def _done(config: TrainConfig, fingerprint: str) -> int:
     """Steps that the output holds already. TrainingError where they are of another training."""
     found = config.checkpoints().latest()
     if found is None:
         return 0
-    check_order(found[1], config.fingerprint(shards))
+    check_run(found[1], fingerprint)
     return found[0].step
 
 

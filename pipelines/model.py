@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from instantbooth.model.loading import DTYPES, Precision
 from instantbooth.model.subjects import SubjectEncoder
 from instantbooth.model.weights import CONFIG_FILE, read_tensors, tensors_digest, trained_parts
 from instantbooth.presets import tracking_uri
-from instantbooth.tracking import resolve_weights
+from instantbooth.tracking import absolute_tracking_uri, resolve_weights
 from pipelines.plan import ModelIdentity
 
 
@@ -39,6 +39,12 @@ class ModelConfig:
     Known by their content, the defaults in config.json included."""
     tracking_uri: str = field(default_factory=tracking_uri)
     """MLflow: the registry of models:/ URIs, and where trainings are tracked. By default MLFLOW_TRACKING_URI."""
+
+    def absolute(self) -> ModelConfig:
+        """The same from any working directory. What is no folder here is a preset's name, a hub's or a registry's."""
+        named = {name: getattr(self, name) for name in ("base", "image_encoder", "segmenter", "weights")}
+        folders = {name: str(Path(part).absolute()) for name, part in named.items() if part and Path(part).is_dir()}
+        return replace(self, tracking_uri=absolute_tracking_uri(self.tracking_uri), **folders)
 
     def identity(self) -> ModelIdentity:
         """What of the model determines pictures, without loading it.

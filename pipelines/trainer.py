@@ -12,11 +12,15 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
+import platform
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import ray
 import ray.train
@@ -26,13 +30,17 @@ from torch import Tensor
 
 from instantbooth import Personalizer
 from instantbooth.errors import InstantBoothError, ParameterError, StorageError, TrainingError
-from instantbooth.storage import ObjectStore, open_store, patiently
+from instantbooth.model.base import PARTS, locate
+from instantbooth.presets import model_parts
+from instantbooth.storage import ObjectStore, absolute_uri, open_store, patiently
 from instantbooth.tracking import Delivery
 from instantbooth.training.adapters import AdapterTrainingConfig, ExamplePreparer
 from instantbooth.training.checkpoints import Checkpoints, Saver, log_bytes
 from instantbooth.training.flops import seconds_at_peak
 from instantbooth.training.session import ComputeConfig, Outcome, TrainingSession
+from pipelines.curation.segment import folder_digest
 from pipelines.curation.shards import VALIDATION
+from pipelines.curation.sources import digest_of
 from pipelines.feed import Shards, TrainingFeed, first_examples, rows_per_task, sample_name
 from pipelines.model import ModelConfig
 from pipelines.pace import Pace
@@ -115,13 +123,26 @@ class TrainConfig:
         """The run's folder as the same URI however it is written; by it MLflow finds the run again."""
         return open_store(self.output).uri(LOG.rstrip("/")).rpartition("/")[0]
 
+    def absolute(self) -> TrainConfig:
+        """The same from any working directory: Ray Train moves each of its workers into a folder of its own."""
+        artifacts = self.artifacts
+        if artifacts is not None and not urlsplit(artifacts).scheme:
+            artifacts = str(Path(artifacts).absolute())
+        places = {name: absolute_uri(getattr(self, name)) for name in ("data", "output")}
+        return replace(self, model=self.model.absolute(), artifacts=artifacts, **places)
+
     def checkpoints(self) -> Checkpoints:
         """Those of the run."""
         return Checkpoints(store=open_store(self.output), keep_last=self.keep_last, keep_best=self.keep_best)
 
-    def fingerprint(self, shards: Shards) -> str:
-        """What decides which sample comes when."""
-        return f"data {shards.digest[:16]}, seed {self.adapters.seed}, batch size {self.adapters.batch_size}"
+    def fingerprint(self, shards: Shards, booth: Personalizer) -> str:
+        """What a run keeps to its end: which sample comes when, and the content of the models that stay frozen."""
+        base = locate(model_parts(self.model.base, None, self.model.image_encoder, None).base)
+        frozen = digest_of(*(folder_digest(base / part) for part in PARTS))
+        return (
+            f"data {shards.digest[:16]}, seed {self.adapters.seed}, batch size {self.adapters.batch_size}, "
+            f"base {frozen[:16]}, image encoder {booth.image_encoder.digest[:16]}"
+        )
 
     def start(self, *, device: str) -> Personalizer:
         """The model before its first step; the same on every worker."""
@@ -138,6 +159,8 @@ class TrainingJob:
     config: TrainConfig
     shards: Shards
     prepare: ExamplePreparer
+    fingerprint: str
+    """TrainConfig's."""
 
 
 class Monitor:
@@ -204,6 +227,8 @@ def train_worker(settings: dict[str, Any]) -> Ending:
 
 
 def _trained(job: TrainingJob, monitor: ray.actor.ActorHandle) -> Ending:
+    # By it a base at models:/ is found; the default is relative, and this process is elsewhere.
+    os.environ["MLFLOW_TRACKING_URI"] = job.config.model.tracking_uri
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
     if device.type == "cpu":
@@ -212,7 +237,7 @@ def _trained(job: TrainingJob, monitor: ray.actor.ActorHandle) -> Ending:
         booth=job.config.start(device=str(device)),
         config=job.config.adapters,
         compute=job.config.compute,
-        fingerprint=job.config.fingerprint(job.shards),
+        fingerprint=job.fingerprint,
     )
     restore(session, job.config.checkpoints())
     worker = Worker(job, session, monitor, rank=context.get_world_rank(), world=context.get_world_size())
@@ -252,6 +277,7 @@ class Worker:
         self.monitor = monitor
         self.rank = rank
         self.world = world
+        self.machine = f"{world} × {machine_of(session.device)}"
         self.store: ObjectStore = open_store(job.config.output)
         self.checkpoints = job.config.checkpoints()
         self.saver = Saver()
@@ -333,8 +359,9 @@ class Worker:
     def _note(
         self, batch: dict[str, Tensor], outcome: Outcome, metrics: dict[str, float], delivery: Delivery | None
     ) -> None:
-        line = {"step": self.session.step, "time": time.time(), "samples": batch["sample"].tolist()}
-        self.lines.append(line | {"skipped": outcome.skipped, "metrics": metrics})
+        line = {"step": self.session.step, "time": time.time(), "machine": self.machine}
+        line |= {"samples": batch["sample"].tolist(), "skipped": outcome.skipped, "metrics": metrics}
+        self.lines.append(line)
         if delivery:
             delivery.log(metrics, self.session.step)
             if time.perf_counter() - self.reported > REPORT_EVERY_S:
@@ -383,6 +410,13 @@ class Worker:
         if self.rank:
             return None
         return Delivery(self.config.model.tracking_uri, self.config.run, artifacts=self.config.artifacts)
+
+
+def machine_of(device: torch.device) -> str:
+    """What a worker computes on: its GPU's name, or its node's and processor's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.node()}, {platform.processor() or platform.machine()}"
 
 
 def shaped(batch: dict[str, Tensor], booth: Personalizer) -> dict[str, Tensor]:

@@ -68,6 +68,10 @@ class ObjectStore(Protocol):
         """Takes an object away; one that is not there is no error."""
         ...
 
+    def sweep(self, folder: str) -> None:
+        """Takes away what writers that were killed left unfinished below a key; nobody else may be writing there."""
+        ...
+
     def uri(self, key: str) -> str:
         """Where the object is, for `read_uri`."""
         ...
@@ -82,6 +86,14 @@ def open_store(uri: str) -> ObjectStore:
         bucket, _, prefix = uri.removeprefix("s3://").partition("/")
         return S3Store(bucket, prefix.strip("/"))
     return FileStore(_local_path(uri).absolute())
+
+
+def absolute_uri(uri: str) -> str:
+    """The same place from any working directory: at file:// or at a plain path, as an absolute path.
+
+    Raises StorageError for another scheme.
+    """
+    return uri if check_uri(uri) == "s3" else str(_local_path(uri).absolute())
 
 
 def read_uri(uri: str, *, max_bytes: int | None = None) -> bytes:
@@ -193,6 +205,11 @@ class FileStore:
         with self._operation("delete", key) as path:
             path.unlink(missing_ok=True)
 
+    def sweep(self, folder: str) -> None:
+        with self._operation("sweep", folder) as path:
+            for unfinished in path.rglob(f"{UNFINISHED}*"):
+                unfinished.unlink(missing_ok=True)
+
     def uri(self, key: str) -> str:
         return (self.root / check_key(key)).absolute().as_uri()
 
@@ -271,6 +288,9 @@ class S3Store:
     def delete(self, key: str) -> None:
         with self._operation("delete", key) as (client, target):
             client.delete_object(**target)
+
+    def sweep(self, folder: str) -> None:
+        """Nothing is left: an object is there whole or not at all."""
 
     def uri(self, key: str) -> str:
         return f"s3://{self.bucket}/{self._full_key(check_key(key))}"

@@ -49,6 +49,7 @@ PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT
 
 log = logging.getLogger(__name__)
 
+SQLITE = "sqlite:///"
 MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:/(?P<version>\d+)|@(?P<alias>[^/]+))")
 
 
@@ -330,6 +331,11 @@ class Registry:
             raise WeightsError(
                 f"{version.uri} cannot be downloaded from {self.tracking_uri} ({error}); check its artifact store"
             ) from error
+
+
+def absolute_tracking_uri(uri: str) -> str:
+    """The same server from any working directory: that of a relative path to an SQLite file, as any other."""
+    return f"{SQLITE}{Path(uri.removeprefix(SQLITE)).absolute()}" if uri.startswith(SQLITE) else uri
 
 
 def resolve_weights(uri: str, tracking_uri: str, folder: Path) -> Path:

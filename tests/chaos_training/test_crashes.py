@@ -17,9 +17,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 
 from instantbooth.storage import FileStore
-from instantbooth.tracking import open_run
+from instantbooth.tracking import OUTPUT, open_run
 from instantbooth.training.checkpoints import log_lines
 from pipelines.trainer import LOG
 from tests.chaos_training.faults import Point, met_in
@@ -100,6 +101,13 @@ def run(folder: Path, name: str, *, chaos: bool) -> int:
         return subprocess.run(command, env=environment, stdout=output, stderr=output, timeout=PATIENCE_S).returncode
 
 
+def outputs_of_runs(tracking_uri: str) -> list[str]:
+    """Of each run in MLflow the output folder that it is known by, sorted."""
+    client = MlflowClient(tracking_uri)
+    experiments = [each.experiment_id for each in client.search_experiments()]
+    return sorted(run.data.tags[OUTPUT] for run in client.search_runs(experiments))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("chaos")
@@ -133,5 +141,8 @@ def test_a_training_that_dies_everywhere_ends_as_one_left_in_peace(folder: Path)
 
     weights = [(folder / name / "weights" / "weights.safetensors").read_bytes() for name in ("peace", "chaos")]
     assert weights[0] == weights[1]
-    run_of_chaos = open_run(f"sqlite:///{folder}/mlflow.db", FileStore(folder / "chaos").uri("x").removesuffix("/x"))
+    tracking_uri = f"sqlite:///{folder}/mlflow.db"
+    outputs = {name: FileStore(folder / name).uri("x").removesuffix("/x") for name in ("peace", "chaos")}
+    assert outputs_of_runs(tracking_uri) == sorted(outputs.values()), "one run each"
+    run_of_chaos = open_run(tracking_uri, outputs["chaos"])
     assert [step for step, _ in run_of_chaos.curve("loss")] == list(range(1, STEPS + 1))

@@ -1,6 +1,7 @@
 """The main job from end to end on a tiny model with random weights: pairs → shards → training → pictures."""
 
 import json
+import shutil
 import signal
 from dataclasses import dataclass, replace
 from io import BytesIO
@@ -90,6 +91,8 @@ def test_training_changes_the_weights_and_is_tracked_and_registered(project: Pro
     run = TrackedRun(tracking_uri=project.model.tracking_uri, run_id=trained.run_id)
     assert [step for step, _ in run.curve("loss")] == [1, 2, 3, 4, 5]
     assert trained.steps == 5
+    tags = MlflowClient(project.model.tracking_uri).get_run(trained.run_id).data.tags
+    assert tags["machine"].startswith("2 × "), "the workers', as their log tells"
     registered = ModelConfig(**(vars(project.model) | {"weights": trained.weights})).load(device="cpu")
     local = Personalizer.from_pretrained(
         project.model.base, image_encoder=project.model.image_encoder, weights=trained.folder, device="cpu"
@@ -164,13 +167,20 @@ def test_workers_that_are_started_again_learn_what_no_restart_mends() -> None:
     assert train_worker({"job": None, "monitor": monitor}) == Ending(step=0, failure="the caption is too long")
 
 
-def test_a_run_of_the_same_name_continues_from_its_last_checkpoint(project: Project, trained: TrainReport) -> None:
-    longer = train(train_config(project, steps=7))
+def test_a_run_of_the_same_name_continues_from_its_last_checkpoint(
+    project: Project, trained: TrainReport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project.folder)
+    whole = train_config(project, steps=7)
+    model = ModelConfig(
+        base="model/base", image_encoder="model/clip", weights="weights", tracking_uri="sqlite:///mlflow.db"
+    )
+    longer = train(replace(whole, data="curated", output="train/short", artifacts="artifacts", model=model))
     run = TrackedRun(tracking_uri=project.model.tracking_uri, run_id=longer.run_id)
     assert [step for step, _ in run.curve("loss")][-2:] == [6, 7]
     assert longer.weights != trained.weights
     assert longer.run_id == trained.run_id
-    assert train(train_config(project, steps=7)) == longer
+    assert train(whole) == longer
 
 
 @pytest.mark.full
@@ -182,6 +192,21 @@ def test_a_training_goes_on_where_mlflow_is_down(project: Project) -> None:
     assert train(replace(config, output=output)).weights.startswith("models:/instantbooth/")
 
 
+def other_models(project: Project) -> tuple[ModelConfig, ModelConfig]:
+    """The project's, with another noise schedule; the project's, with another CLIP. All shapes are the same."""
+    folder = project.folder / "others"
+    for part in ("base", "clip"):
+        shutil.copytree(project.folder / "model" / part, folder / part)
+    schedule = folder / "base" / "scheduler" / "scheduler_config.json"
+    schedule.write_text(schedule.read_text().replace("0.012", "0.011"))
+    clip = folder / "clip" / "model.safetensors"
+    clip.write_bytes(save({name: values + 0.01 for name, values in load_file(clip).items()}, {"format": "pt"}))
+    return (
+        replace(project.model, base=str(folder / "base")),
+        replace(project.model, image_encoder=str(folder / "clip")),
+    )
+
+
 def test_what_training_cannot_have_is_refused_at_once(project: Project, trained: TrainReport) -> None:
     config = train_config(project, steps=5)
     with pytest.raises(ParameterError, match=r"asks for 2 GPU, the cluster has 0; .*minReplicas"):
@@ -190,6 +215,9 @@ def test_what_training_cannot_have_is_refused_at_once(project: Project, trained:
         train(replace(config, workers=4))
     with pytest.raises(TrainingError, match="batch size 4, not"):
         train(replace(config, adapters=replace(config.adapters, batch_size=8)))
+    for model, part in zip(other_models(project), ("base", "image encoder"), strict=True):
+        with pytest.raises(TrainingError, match=rf"a run with {part} \w{{16}}, not {part} \w{{16}}; a run keeps"):
+            train(replace(config, model=model))
     with pytest.raises(TrainingError, match="nothing precomputed"):
         train(replace(config, precomputed=True))
     missing = ModelConfig(**(vars(project.model) | {"weights": "models:/instantbooth@nobody"}))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from instantbooth.errors import StorageError
-from instantbooth.storage import FileStore
+from instantbooth.storage import UNFINISHED, FileStore
 from instantbooth.training.checkpoints import Checkpoints, Saver
 
 FILES = {"state.pt": b"s" * 1000, "weights/config.json": b"{}"}
@@ -68,6 +68,16 @@ def test_damaged_ones_do_not_count_among_those_that_stay(tmp_path: Path) -> None
     for step in (20, 30):
         (tmp_path / "checkpoints" / f"{step:09d}" / "state.pt").write_bytes(b"s" * 999 + b"t")
     assert written(tmp_path, {40: 0.4}, keep_last=2, keep_best=0).steps() == [10, 40]
+
+
+def test_what_a_killed_writer_left_unfinished_does_not_stay(tmp_path: Path) -> None:
+    written(tmp_path, {10: 0.1})
+    cut = [tmp_path / "checkpoints" / f"{step:09d}" / f"{UNFINISHED}1" for step in (10, 15)]
+    for file in cut:
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(b"s")
+    assert written(tmp_path, {20: 0.1}).steps() == [10, 20]
+    assert not any(file.exists() for file in cut)
 
 
 def test_the_best_is_never_one_that_cannot_be_compared(tmp_path: Path) -> None:

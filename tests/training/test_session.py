@@ -100,14 +100,37 @@ def test_another_order_of_samples_is_refused(tiny: Path) -> None:
         other.restore(files)
 
 
-def test_accumulated_parts_are_one_batch_and_checkpointing_changes_nothing(
+def test_what_may_change_on_the_way_changes(tiny: Path, batches: list[dict[str, Tensor]]) -> None:
+    before = session(tiny, ComputeConfig(precision="bf16"), weight_decay=0.5)
+    before.advance(batches[0])
+    after = session(tiny, ComputeConfig(precision="fp16"), weight_decay=0.25)
+    after.restore(before.snapshot()())
+    assert torch.equal(parameters(before), parameters(after))
+    assert [group["weight_decay"] for group in after.optimizer.param_groups] == [0.25, 0.25]
+    assert after.scaler.get_scale() > 1, "loss is scaled, as from a beginning in fp16"
+    assert after.advance(batches[1]).skipped is None
+    back = session(tiny, ComputeConfig(precision="bf16"))
+    back.restore(after.snapshot()())
+    assert back.step == 2
+
+
+def counted(session: TrainingSession) -> list[None]:
+    """Grows with each time that a block of the U-Net behind adapters is computed."""
+    times: list[None] = []
+    session.booth.base.unet.up_blocks[-1].resnets[0].register_forward_pre_hook(lambda *_: times.append(None))
+    return times
+
+
+def test_accumulated_parts_are_one_batch_and_checkpointing_computes_the_same_twice(
     tiny: Path, batches: list[dict[str, Tensor]]
 ) -> None:
-    plain, parts, recomputed = (
+    sessions = [
         session(tiny, replace(FP32, **options))
         for options in ({}, {"accumulation": 2}, {"gradient_checkpointing": True})
-    )
-    outcomes = [each.advance(batches[0]) for each in (plain, parts, recomputed)]
+    ]
+    times = [counted(each) for each in sessions]
+    outcomes = [each.advance(batches[0]) for each in sessions]
+    assert [len(each) for each in times] == [1, 2, 2], "once, once a part, and again in the backward pass"
     for outcome in outcomes[1:]:
         assert outcome.loss == pytest.approx(outcomes[0].loss, rel=1e-5)
         assert outcome.gradient_norm == pytest.approx(outcomes[0].gradient_norm, rel=1e-4)

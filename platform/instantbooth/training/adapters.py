@@ -188,7 +188,7 @@ def draw(base: BaseModel, config: AdapterTrainingConfig, rows: int, generator: G
 
 
 class AdapterObjective(nn.Module):
-    """The loss of a batch as a module, so that DistributedDataParallel can wrap it."""
+    """The loss of a batch, with all that it is computed by; TrainingSession averages its gradients over workers."""
 
     def __init__(self, booth: Personalizer, config: AdapterTrainingConfig) -> None:
         super().__init__()

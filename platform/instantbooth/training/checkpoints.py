@@ -110,7 +110,8 @@ class Checkpoints:
         return files
 
     def _prune(self) -> None:
-        """Damaged ones are of no use, and do not count among those that stay."""
+        """Damaged ones are of no use, and do not count among those that stay; nor are files cut short by a kill."""
+        self.store.sweep(FOLDER)
         steps = self.steps()
         whole = [each for step in steps if self._is_whole(step) and (each := self._manifest(step)) is not None]
         newest = sorted(whole, key=lambda each: each.step)[-self.keep_last :]

@@ -74,7 +74,7 @@ class TrainingSession:
     config: AdapterTrainingConfig
     compute: ComputeConfig
     fingerprint: str = ""
-    """Names what decides the order of samples; a checkpoint of another one is refused."""
+    """Names what a run keeps to its end, as "name value, name value"; a checkpoint of another one is refused."""
     step: int = field(default=0, init=False)
     """Steps done, skipped ones among them."""
 
@@ -171,13 +171,17 @@ class TrainingSession:
         return files
 
     def restore(self, files: Mapping[str, bytes]) -> None:
-        """Takes up a checkpoint. TrainingError for one of a training whose samples come in another order."""
-        check_order(files, self.fingerprint)
+        """Takes up a checkpoint, with this session's hyperparameters. TrainingError for one of another run."""
+        check_run(files, self.fingerprint)
         state = torch.load(io.BytesIO(files[STATE]), map_location="cpu", weights_only=True)
         self.booth.trained.load_state_dict(state["trained"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:
+            group["weight_decay"] = self.config.weight_decay
         self.ema.load_state_dict(state["ema"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:
+            # Only fp16 has one; coming from another precision it finds its own.
+            self.scaler.load_state_dict(state["scaler"])
         self.guard.recent, self.guard.skipped = state["guard"]["recent"], state["guard"]["skipped"]
         self.step = state["step"]
 
@@ -225,13 +229,15 @@ class TrainingSession:
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
-def check_order(files: Mapping[str, bytes], fingerprint: str) -> None:
-    """TrainingError for a checkpoint of a training whose samples come in another order."""
-    found = files[ORDER].decode()
-    if found != fingerprint:
+def check_run(files: Mapping[str, bytes], fingerprint: str) -> None:
+    """TrainingError for a checkpoint of a run with another fingerprint."""
+    found, asked = files[ORDER].decode().split(", "), fingerprint.split(", ")
+    if found != asked:
+        theirs = ", ".join(part for part in found if part not in asked)
+        ours = ", ".join(part for part in asked if part not in found)
         raise TrainingError(
-            f"the output holds a run with {found}, not {fingerprint}; its samples come in another order: give it its "
-            "own data, seed and batch size, or name a new output"
+            f"the output holds a run with {theirs}, not {ours}; a run keeps its data, seed, batch size, base and image "
+            "encoder: give it its own, or name a new output"
         )
 
 

@@ -1,0 +1,32 @@
+"""What a job says while it works."""
+
+from __future__ import annotations
+
+import re
+import time
+from itertools import count
+
+import pytest
+
+from jobs import cli
+
+
+def test_without_a_terminal_lines_tell_how_far_it_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "PLAIN_EVERY_S", 2.0)
+    steps = count(101)
+    with cli.following("training", 1000, lambda: (next(steps), "loss 0.1"), done=100):
+        time.sleep(3.5)  # it looks at 1, 2 and 3 s, and tells at 1 and 2 s
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("training:")]
+    assert lines[0] == "training: 101 of 1000, loss 0.1"
+    assert re.fullmatch(r"training: 10\d of 1000, loss 0\.1, \S+ a second, 0:\d\d:\d\d left", lines[1])
+    assert len(lines) == 2, "it looked more often than it told"
+
+
+def test_a_bar_that_learns_nothing_hides_no_ending() -> None:
+    def look() -> tuple[int, str]:
+        raise ConnectionError("whom it asks is gone")
+
+    with pytest.raises(ValueError, match="the real reason"), cli.following("training", 10, look):
+        raise ValueError("the real reason")
