@@ -112,7 +112,8 @@ def ingest(config: IngestConfig) -> IngestReport:
     known = _known_slices(output, [unit.id(rules) for unit in units], present)
     new = [unit for unit in units if unit.id(rules) not in known]
     fresh, processed = _curate(config, new, rules, output, tokenizer_of(base) if base else None)
-    slices = [Staged(digest=digest, source=unit.key) for unit in units for digest in {**known, **fresh}[unit.id(rules)]]
+    digests = known | fresh
+    slices = [Staged(digest=digest, source=unit.key) for unit in units for digest in digests[unit.id(rules)]]
     decisions = Decisions(config.output, slices, near_bits=config.near_bits, validation=config.validation)
     precomputed = Precomputed.by(base, config.rules.placeholder) if base and config.precompute else None
     entries = _write(config, decisions, output, present, precomputed)
@@ -148,7 +149,7 @@ def curated(
     if config.segmenter:
         slices = slices.map(
             SubjectFinder,
-            fn_constructor_args=(config.segmenter,),
+            fn_constructor_args=(_everywhere(config.segmenter),),
             fn_constructor_kwargs={"rules": config.rules, **_placed(config)},
             compute=ray.data.ActorPoolStrategy(size=config.actors),
             num_gpus=config.gpus_per_actor,
@@ -264,7 +265,7 @@ def _rules_digest(config: IngestConfig, base: Path | None) -> str:
 def _base(config: IngestConfig) -> str:
     """The base's folder, or its name on the hub: what every machine can find. WeightsError for an unknown preset."""
     named = Path(config.base).is_dir() or "/" in config.base
-    return config.base if named else preset(config.base).base
+    return _everywhere(config.base if named else preset(config.base).base)
 
 
 def _base_folder(config: IngestConfig) -> Path | None:
@@ -276,6 +277,11 @@ def _base_folder(config: IngestConfig) -> Path | None:
     folder = locate(_base(config))
     check_layout(folder)
     return folder
+
+
+def _everywhere(name_or_path: str) -> str:
+    """What names a model whatever folder a worker runs in."""
+    return str(Path(name_or_path).absolute()) if Path(name_or_path).is_dir() else name_or_path
 
 
 def _placed(config: IngestConfig) -> dict[str, Any]:

@@ -571,12 +571,24 @@ def test_every_place_where_a_tar_can_be_cut_or_damaged_costs_what_it_touches(goo
         assert all(whole[key].items() >= files.items() for key, files in cut if key in whole)
 
 
+def test_headers_that_announce_headers_without_end_are_a_damaged_part(good: list[Raw]) -> None:
+    name = tarfile.TarInfo("././@LongLink")
+    name.type, name.size = tarfile.GNUTYPE_LONGNAME, 2
+    chain = (name.tobuf(tarfile.GNU_FORMAT) + b"x".ljust(512, b"\0")) * 2000
+    before, after = tar_of(good[:1]).rstrip(b"\0"), tar_of(good[1:3])
+    before += bytes(-len(before) % 512)
+    samples = list(tar_samples(io.BytesIO(before + chain + after)))
+    assert {good[0].name, good[2].name} <= {key for key, files in samples if not isinstance(files, Dropped)}
+    (damage,) = (files for _, files in samples if isinstance(files, Dropped))
+    assert "recursion depth" in damage.detail
+
+
 def test_lists_lose_only_the_lines_that_are_wrong() -> None:
-    text = '{"text": "a\u2028b"}\r\n\n{"text": \n[1]\n{"text": "c"}'
+    text = '{"text": "a\u2028b"}\r\n\n{"text": \n[1]\n{"text": "c"}\n{"text": ' + "[" * 400 + "]" * 400 + "}"
     lines = list(json_lines(text.encode()))
-    assert [line.number for line in lines] == [1, 3, 4, 5]
-    assert [line.record.get("text") for line in lines] == ["a\u2028b", None, None, "c"]
-    assert [line.fault is None for line in lines] == [True, False, False, True]
+    assert [line.number for line in lines] == [1, 3, 4, 5, 6]
+    assert [line.record.get("text") for line in lines] == ["a\u2028b", None, None, "c", None]
+    assert [line.fault is None for line in lines] == [True, False, False, True, False]
 
     rows = [
         "uri,caption",
@@ -612,6 +624,50 @@ def test_sources_are_told_apart_by_their_files(good: list[Raw], tmp_path: Path) 
     FileStore(tmp_path / "else").put("readme.txt", b"")
     with pytest.raises(StorageError, match=r"nothing to ingest among 1 files; name a folder with metadata\.jsonl"):
         plan(f"{tmp_path}/else", lines_per_unit=8)
+
+
+def test_one_cell_or_file_name_that_is_no_utf8_costs_itself_alone(good: list[Raw], tmp_path: Path) -> None:
+    first, second = good[:2]
+    bad = pa.array([b"a man", b"a m\xffn"]).view(pa.string())
+    columns = {
+        "plain": bad,
+        "dictionary": pa.DictionaryArray.from_arrays(pa.array([0, 1], pa.int32()), bad),
+        "list": pa.ListArray.from_arrays([0, 1, 2], bad),
+        "struct": pa.StructArray.from_arrays([bad], ["text"]),
+    }
+    for name, captions in columns.items():
+        table = pa.table({"jpg": [first.image, second.image], "caption": captions})
+        (tmp_path / name).mkdir()
+        pq.write_table(table, tmp_path / name / "0.parquet")
+        (unit,) = plan(f"{tmp_path}/{name}", lines_per_unit=8)
+        (part,) = read_slices(unit, Columns(), pairs_per_slice=8, rules="")
+        assert part.pairs[0].text == "a man" or "must be text" in part.pairs[0].detail
+        assert part.pairs[1].reason == Reason.BAD_TEXT
+
+    (tmp_path / "tars").mkdir()
+    for name in (b"0.tar", b"\xff.tar"):
+        with open(bytes(tmp_path / "tars") + b"/" + name, "wb") as file:
+            file.write(tar_of([first]))
+    readable, unreadable = (
+        next(read_slices(unit, Columns(), pairs_per_slice=8, rules=""))
+        for unit in plan(f"{tmp_path}/tars", lines_per_unit=8)
+    )
+    assert [pair.text for pair in readable.pairs] == [first.caption.decode()]
+    assert [pair.reason for pair in unreadable.pairs] == [Reason.UNREADABLE]
+    assert r"\xff.tar" in unreadable.source
+
+
+def test_a_source_named_from_this_folder_is_found_from_every_other(
+    good: list[Raw], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    FileStore(tmp_path).put("a.png", good[0].image or b"")
+    FileStore(tmp_path).put("pairs.csv", b"uri,caption\na.png,a man\n")
+    for source in ("pairs.csv", ".", f"../{tmp_path.name}"):
+        monkeypatch.chdir(tmp_path)
+        (unit,) = plan(source, lines_per_unit=8)
+        monkeypatch.chdir("/")
+        (part,) = read_slices(unit, Columns(), pairs_per_slice=8, rules="")
+        assert [(pair.image, pair.reason) for pair in part.pairs] == [(good[0].image, None)]
 
 
 def test_bad_configurations_and_unfinished_data_sets_are_refused_at_once(tmp_path: Path) -> None:
