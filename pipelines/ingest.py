@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import ray.data
+import torch
 from transformers import CLIPTokenizer
 
 from instantbooth.errors import MissingObjectError, ParameterError, StorageError
@@ -36,7 +37,7 @@ from pipelines.curation.decisions import Decisions, Staged
 from pipelines.curation.pairs import OnPairs, Slice
 from pipelines.curation.precompute import Precomputed, Precomputer
 from pipelines.curation.report import IngestReport, report_page, summarize
-from pipelines.curation.segment import SubjectFinder, folder_digest
+from pipelines.curation.segment import SubjectFinder, folder_digest, load_model
 from pipelines.curation.shards import Draft, load_draft, stage, staged_key, unit_key, write_draft
 from pipelines.curation.sources import MAX_SLICE_BYTES, Columns, Unit, digest_of, plan, read_slices
 from pipelines.curation.steps import Rules, decode, judge_mask, name_subject, tokenizer_of
@@ -44,7 +45,7 @@ from pipelines.curation.steps import Rules, decode, judge_mask, name_subject, to
 MANIFEST = "manifest.json"
 REPORT = "report.json"
 PAGE = "report.html"
-VERSION = 1
+VERSION = 2
 """Raised when the same rules come to another outcome: nothing that an older version staged is used then."""
 READERS = 16
 
@@ -206,6 +207,9 @@ def _curate(
     lengths: dict[str, int] = {}
     unsettled: set[str] = set()
     processed = 0
+    if units and config.segmenter:
+        # Its actors' constructors would fail with an error of Ray's.
+        load_model(locate(config.segmenter), torch.device("cpu"))
     for row in curated(config, units, rules, output, tokenizer).iter_rows() if units else ():
         unit = row["unit"]
         slices.setdefault(unit, {})[row["number"]] = row["digest"]

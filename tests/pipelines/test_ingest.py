@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import struct
 import subprocess
 import sys
@@ -25,6 +26,9 @@ import torch
 from moto.server import ThreadedMotoServer
 from PIL import Image, ImageDraw
 from transformers import (
+    EomtConfig,
+    EomtForUniversalSegmentation,
+    EomtImageProcessorPil,
     Mask2FormerConfig,
     Mask2FormerForUniversalSegmentation,
     Mask2FormerImageProcessorPil,
@@ -35,8 +39,10 @@ from instantbooth.errors import ParameterError, StorageError, WeightsError
 from instantbooth.images import decode_image, mask_coverage
 from instantbooth.miniature.corpus import class_noun_of, identity_of, subject_seed
 from instantbooth.miniature.world import Scene, render
+from instantbooth.model import segmentation
 from instantbooth.model.base import BaseModel
 from instantbooth.model.encoders import resize_to_tensor
+from instantbooth.model.segmentation import silhouette, working_size
 from instantbooth.presets import miniature_folder
 from instantbooth.prompts import expand, tokenize_subject
 from instantbooth.storage import FileStore, ObjectStore, open_store
@@ -427,21 +433,40 @@ def overlap(one: Image.Image, other: Image.Image) -> float:
     return float((left & right).sum() / (left | right).sum())
 
 
-def test_a_model_of_instances_tells_subjects_apart(tmp_path: Path) -> None:
+def mask2former(folder: Path, labels: dict[int, str]) -> None:
+    """A small one with random masks, all of them persons."""
     size = {"hidden_dim": 32, "feature_size": 32, "mask_feature_size": 32, "num_queries": 4, "num_attention_heads": 2}
     size |= {"dim_feedforward": 16, "encoder_feedforward_dim": 16, "encoder_layers": 1, "decoder_layers": 2}
     swin = SwinConfig(image_size=64, embed_dim=8, depths=[1] * 4, num_heads=[1] * 4, window_size=2)
     swin.out_features = ["stage1", "stage2", "stage3", "stage4"]
-    labels = {0: "background", 1: "person", 2: "cat"}
     torch.manual_seed(0)
     model = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(backbone_config=swin, id2label=labels, **size))
     with torch.no_grad():
-        # Every segment is a person.
         model.class_predictor.weight.zero_()
         model.class_predictor.bias.copy_(torch.tensor([0.0, 9.0, 0.0, 0.0]))
-    model.save_pretrained(tmp_path)
-    Mask2FormerImageProcessorPil(size={"height": 64, "width": 64}).save_pretrained(tmp_path)
+    model.save_pretrained(folder)
+    Mask2FormerImageProcessorPil(size={"height": 64, "width": 64}).save_pretrained(folder)
 
+
+def eomt(folder: Path, labels: dict[int, str]) -> None:
+    """The same of another architecture, whose processor takes other arguments."""
+    torch.manual_seed(1)
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_queries": 4, "num_blocks": 1}
+    model = EomtForUniversalSegmentation(EomtConfig(image_size=64, patch_size=16, id2label=labels, **size))
+    with torch.no_grad():
+        model.class_predictor.weight.zero_()
+        model.class_predictor.bias.copy_(torch.tensor([0.0, 9.0, 0.0, 0.0]))
+        model.query.weight.normal_()
+        model.mask_head.fc3.weight.mul_(1000)
+    model.save_pretrained(folder)
+    EomtImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 64}, do_pad=True).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("write", [mask2former, eomt])
+def test_a_model_of_instances_tells_subjects_apart(
+    write: Callable[[Path, dict[int, str]], None], tmp_path: Path
+) -> None:
+    write(tmp_path, {0: "background", 1: "person", 2: "cat"})
     noise = np.random.default_rng(2).integers(0, 255, (64, 80, 3), dtype=np.uint8)
     pair = Pair(row=0, name="a", image=png(Image.fromarray(noise)), subject="person")
     seen = load_model(tmp_path, torch.device("cpu")).subjects([Image.open(io.BytesIO(pair.image))], [{1}])[0]
@@ -458,6 +483,28 @@ def test_a_model_of_instances_tells_subjects_apart(tmp_path: Path) -> None:
     assert mask_coverage(Image.open(io.BytesIO(found("person", 1.0).mask))) == shares[0]
     assert found("person", shares[1] / shares[0] / 2).reason == Reason.SEVERAL_PICTURED
     assert found("cat", 1.0).reason == Reason.NO_SUBJECT
+
+
+def test_large_pictures_are_segmented_in_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = torch.randn((1, 5, 8, 8), generator=torch.Generator().manual_seed(0))
+    exact = silhouette(scores, {1, 3}, (400, 300))
+    monkeypatch.setattr(segmentation, "MAX_PIXELS", 100 * 75)
+    assert working_size((400, 300)) == (100, 75)
+    assert math.prod(working_size((7000, 4))) <= 100 * 75
+    coarse = silhouette(scores, {1, 3}, (400, 300))
+    assert coarse.shape == exact.shape == (300, 400)
+    assert 0.95 < (coarse == exact).mean() < 1
+
+
+def test_a_segmenter_that_is_none_is_told_before_anything_starts(good: list[Raw], tmp_path: Path) -> None:
+    FileStore(tmp_path / "source").put("0.tar", tar_of(good[:1]))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "oneformer").mkdir()
+    (tmp_path / "oneformer/config.json").write_text('{"model_type": "oneformer"}')
+    for name, reason in (("empty", "no segmentation model"), ("oneformer", "more than a picture; name one of detr")):
+        with pytest.raises(WeightsError, match=reason):
+            curate(f"{tmp_path}/source", f"{tmp_path}/output", segmenter=f"{tmp_path}/{name}")
+    assert not (tmp_path / "output").exists()
 
 
 def test_a_noun_is_a_word_of_its_own_and_the_only_one() -> None:
