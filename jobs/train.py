@@ -33,6 +33,7 @@ from instantbooth.training.session import WEIGHTS, check_run
 from jobs import cli
 from jobs.cluster import ray_cluster
 from jobs.tracked import Tracking
+from pipelines.curation.shards import VALIDATION
 from pipelines.feed import Shards
 from pipelines.model import ModelConfig
 from pipelines.trainer import Ending, Monitor, TrainConfig, TrainingJob, ValidationConfig, train_worker
@@ -94,9 +95,7 @@ def train(config: TrainConfig) -> TrainReport:
     config = config.absolute()
     shards = Shards.of(config.data)
     check_cluster(config)
-    if config.precomputed:
-        parts = model_parts(config.model.base, None, config.model.image_encoder, None)
-        shards.check_precomputed(locate(parts.base), PLACEHOLDER_TOKEN)
+    _check_shards(config, shards)
     booth = config.start(device="cpu")
     fingerprint = config.fingerprint(shards, booth)
     done = _done(config, fingerprint)
@@ -117,6 +116,15 @@ def train(config: TrainConfig) -> TrainReport:
     return TrainReport(
         run_name=config.run.rpartition("/")[2], run_id=run_id, weights=version, folder=folder, steps=step
     )
+
+
+def _check_shards(config: TrainConfig, shards: Shards) -> None:
+    """Raises TrainingError for shards that the base cannot be trained on, before anything is."""
+    base = locate(model_parts(config.model.base, None, config.model.image_encoder, None).base)
+    if config.precomputed:
+        shards.check_precomputed(base, PLACEHOLDER_TOKEN)
+    for split in (shards, Shards.of(config.data, VALIDATION)):
+        split.check_captions(base, PLACEHOLDER_TOKEN)
 
 
 def check_cluster(config: TrainConfig) -> None:

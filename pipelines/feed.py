@@ -27,15 +27,19 @@ import torch
 from numpy.typing import NDArray
 from ray import cloudpickle
 from torch import Tensor
+from transformers import CLIPTokenizer
 
-from instantbooth.errors import InputError, MissingObjectError, StorageError, TrainingError
+from instantbooth.errors import InputError, MissingObjectError, PromptError, StorageError, TrainingError
 from instantbooth.images import decode_image
+from instantbooth.prompts import expand, tokenize_subject
 from instantbooth.storage import open_store, patiently, read_uri
 from instantbooth.training.adapters import unpacked
 from instantbooth.training.order import SampleOrder
 from pipelines.curation.precompute import Precomputed
 from pipelines.curation.shards import TRAIN
-from pipelines.ingest import MANIFEST
+from pipelines.curation.sources import open_filesystem
+from pipelines.curation.steps import tokenizer_of
+from pipelines.ingest import MANIFEST, caption_rules
 
 Prepare = Callable[..., dict[str, Any]]
 
@@ -49,6 +53,8 @@ TASK_CPUS = 0.5
 HELD_BYTES = 512 * 2**20
 """Of shards, in a process. Its lanes read LANES at a time: with less room than these take they are read over again."""
 PRECOMPUTED = ("latents", "prompt_embeds")
+CHECKED_SHARDS = 64
+"""Of which one task reads the captions; a caption takes 0.2 ms."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +65,8 @@ class Shards:
     rows: tuple[int, ...]
     digests: tuple[str, ...]
     """SHA-256 of each."""
+    captions: str | None = None
+    """By which rules (`caption_rules`) their captions were found to be of use; None where no base was given for it."""
     precomputed: Precomputed | None = None
     """What made the latents and prompt embeddings in them; None where there are none."""
 
@@ -81,6 +89,7 @@ class Shards:
             uris=tuple(store.uri(entry["key"]) for entry in chosen),
             rows=tuple(entry["rows"] for entry in chosen),
             digests=tuple(entry["sha256"] for entry in chosen),
+            captions=manifest.get("captions"),
             precomputed=Precomputed(**made_by) if made_by else None,
         )
 
@@ -88,6 +97,25 @@ class Shards:
         """The rows in their order, columns of SCHEMA and what was precomputed."""
         for uri, digest in zip(self.uris, self.digests, strict=True):
             yield from _table(uri, digest).to_pylist()
+
+    def check_captions(self, base: Path, placeholder: str) -> None:
+        """TrainingError unless this base's text encoder reaches the subject of every caption.
+
+        An ingestion that was given the base has seen to that. Otherwise all captions are read, on the cluster: found in
+        the midst of a training, one would end it again and again.
+        """
+        if self.captions == caption_rules(base, placeholder):
+            return
+        tokenizer = ray.put(tokenizer_of(base))
+        find = ray.remote(num_cpus=TASK_CPUS)(_useless_captions)
+        parts = [self.uris[start : start + CHECKED_SHARDS] for start in range(0, len(self.uris), CHECKED_SHARDS)]
+        found = ray.get([find.remote(part, tokenizer, placeholder) for part in parts])
+        if count := sum(number for number, _ in found):
+            first = next(fault for _, fault in found if fault)
+            raise TrainingError(
+                f"{count} of {sum(self.rows)} pairs cannot be trained on, first {first}; ingest again with base "
+                f"{base}, which leaves such pairs out"
+            )
 
     def check_precomputed(self, base: Path, placeholder: str) -> None:
         """TrainingError unless this base and word made the latents and prompt embeddings in the shards."""
@@ -252,6 +280,24 @@ def _unpickled(examples: bytes) -> Examples:
 @functools.lru_cache(maxsize=1)
 def _order(rows: tuple[int, ...], seed: int) -> SampleOrder:
     return SampleOrder(rows=rows, seed=seed)
+
+
+def _useless_captions(uris: tuple[str, ...], tokenizer: CLIPTokenizer, placeholder: str) -> tuple[int, str]:
+    """How many these shards hold, and what is wrong with the first."""
+    count, first = 0, ""
+    for uri in uris:
+        filesystem, path = open_filesystem(uri)
+        try:
+            rows = pq.read_table(path, filesystem=filesystem, columns=["id", "caption", "noun"]).to_pylist()
+        except (OSError, pa.ArrowException) as error:
+            raise StorageError(f"cannot read {uri}: {error}; ingest again") from error
+        for row in rows:
+            try:
+                tokenize_subject(tokenizer, expand(row["caption"], row["noun"], placeholder), placeholder)
+            except PromptError as error:
+                count += 1
+                first = first or f"row {row['id']} of {uri}: {error}"
+    return count, first
 
 
 _held: OrderedDict[str, pa.Table] = OrderedDict()

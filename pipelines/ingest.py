@@ -26,24 +26,26 @@ from pathlib import Path
 from typing import Any
 
 import ray.data
+import torch
+from transformers import CLIPTokenizer
 
 from instantbooth.errors import MissingObjectError, ParameterError, StorageError
-from instantbooth.model.base import locate
+from instantbooth.model.base import check_layout, locate
 from instantbooth.presets import preset
 from instantbooth.storage import FileStore, ObjectStore, S3Store, open_store, patiently
 from pipelines.curation.decisions import Decisions, Staged
 from pipelines.curation.pairs import OnPairs, Slice
 from pipelines.curation.precompute import Precomputed, Precomputer
 from pipelines.curation.report import IngestReport, report_page, summarize
-from pipelines.curation.segment import SubjectFinder, folder_digest
+from pipelines.curation.segment import SubjectFinder, folder_digest, load_model
 from pipelines.curation.shards import Draft, load_draft, stage, staged_key, unit_key, write_draft
 from pipelines.curation.sources import MAX_SLICE_BYTES, Columns, Unit, digest_of, plan, read_slices
-from pipelines.curation.steps import Rules, decode, judge_mask, name_subject
+from pipelines.curation.steps import Rules, decode, judge_mask, name_subject, tokenizer_of
 
 MANIFEST = "manifest.json"
 REPORT = "report.json"
 PAGE = "report.html"
-VERSION = 1
+VERSION = 2
 """Raised when the same rules come to another outcome: nothing that an older version staged is used then."""
 READERS = 16
 
@@ -104,18 +106,26 @@ def ingest(config: IngestConfig) -> IngestReport:
     """
     started = time.perf_counter()
     output = open_store(config.output)
-    rules = _rules_digest(config)
+    base = _base_folder(config)
+    rules = _rules_digest(config, base)
     units = plan(config.source, lines_per_unit=config.rows_per_shard)
     present = set(output.list())
     known = _known_slices(output, [unit.id(rules) for unit in units], present)
-    fresh, processed = _curate(config, [unit for unit in units if unit.id(rules) not in known], rules, output)
-    slices = [Staged(digest=digest, source=unit.key) for unit in units for digest in {**known, **fresh}[unit.id(rules)]]
+    new = [unit for unit in units if unit.id(rules) not in known]
+    fresh, processed = _curate(config, new, rules, output, tokenizer_of(base) if base else None)
+    digests = known | fresh
+    slices = [Staged(digest=digest, source=unit.key) for unit in units for digest in digests[unit.id(rules)]]
     decisions = Decisions(config.output, slices, near_bits=config.near_bits, validation=config.validation)
-    precomputed = Precomputed.by(Path(_base(config) or ""), config.rules.placeholder) if config.precompute else None
+    precomputed = Precomputed.by(base, config.rules.placeholder) if base and config.precompute else None
     entries = _write(config, decisions, output, present, precomputed)
     report = summarize(decisions, entries)
     report = replace(report, processed=processed, seconds=round(time.perf_counter() - started, 1))
-    manifest = {"version": VERSION, "rules": rules, "precomputed": precomputed and asdict(precomputed)}
+    manifest = {
+        "version": VERSION,
+        "rules": rules,
+        "captions": base and caption_rules(base, config.rules.placeholder),
+        "precomputed": precomputed and asdict(precomputed),
+    }
     finished = {
         MANIFEST: _json(manifest | {"files": entries}),
         PAGE: report_page(report, decisions, config.output, config.source).encode(),
@@ -126,19 +136,21 @@ def ingest(config: IngestConfig) -> IngestReport:
     return report
 
 
-def curated(config: IngestConfig, units: Sequence[Unit], rules: str, output: ObjectStore) -> ray.data.Dataset:
+def curated(
+    config: IngestConfig, units: Sequence[Unit], rules: str, output: ObjectStore, tokenizer: CLIPTokenizer | None
+) -> ray.data.Dataset:
     """The pipeline: units → slices → staged slices, a row for each."""
     read = partial(_read, columns=config.columns, pairs_per_slice=config.rows_per_shard, rules=rules, store=output)
     slices = (
         ray.data.from_items([{"unit": unit} for unit in units], override_num_blocks=len(units))
         .flat_map(read)
-        .map(OnPairs(step=partial(name_subject, rules=config.rules, base=_base(config))))
+        .map(OnPairs(step=partial(name_subject, rules=config.rules, tokenizer=tokenizer)))
         .map(OnPairs(step=partial(decode, rules=config.rules)))
     )
     if config.segmenter:
         slices = slices.map(
             SubjectFinder,
-            fn_constructor_args=(config.segmenter,),
+            fn_constructor_args=(_everywhere(config.segmenter),),
             fn_constructor_kwargs={"rules": config.rules, **_placed(config)},
             compute=ray.data.ActorPoolStrategy(size=config.actors),
             num_gpus=config.gpus_per_actor,
@@ -162,6 +174,11 @@ def written(config: IngestConfig, drafts: Sequence[Draft], output: ObjectStore) 
     return loaded.map(partial(write_draft, store=output, rows_per_group=config.rows_per_group))
 
 
+def caption_rules(base: Path, placeholder: str) -> str:
+    """What a data set says of its captions: the digest of the tokenizer that reaches their subjects, and of V̂."""
+    return digest_of(folder_digest(base / "tokenizer"), placeholder)
+
+
 def read_report(dataset: str) -> IngestReport:
     """The report of an ingestion's output folder. Raises StorageError where there is none."""
     advice = "point to the output of an ingestion that finished"
@@ -183,14 +200,17 @@ def _read(
 
 
 def _curate(
-    config: IngestConfig, units: Sequence[Unit], rules: str, output: ObjectStore
+    config: IngestConfig, units: Sequence[Unit], rules: str, output: ObjectStore, tokenizer: CLIPTokenizer | None
 ) -> tuple[dict[str, list[str]], int]:
     """Runs the pipeline; unit → its slices, and how many pairs were new. Notes each unit as it is done."""
     slices: dict[str, dict[int, str]] = {}
     lengths: dict[str, int] = {}
     unsettled: set[str] = set()
     processed = 0
-    for row in curated(config, units, rules, output).iter_rows() if units else ():
+    if units and config.segmenter:
+        # Its actors' constructors would fail with an error of Ray's.
+        load_model(locate(config.segmenter), torch.device("cpu"))
+    for row in curated(config, units, rules, output, tokenizer).iter_rows() if units else ():
         unit = row["unit"]
         slices.setdefault(unit, {})[row["number"]] = row["digest"]
         processed += row["pairs"]
@@ -237,21 +257,35 @@ def _known_entries(output: ObjectStore) -> dict[str, dict[str, Any]]:
         return {}
 
 
-def _rules_digest(config: IngestConfig) -> str:
+def _rules_digest(config: IngestConfig, base: Path | None) -> str:
     """Of all that decides what becomes of a pair before duplicates are looked for."""
     segmenter = folder_digest(locate(config.segmenter)) if config.segmenter else None
     batch = config.actor_batch if config.segmenter else None
-    tokenizer = folder_digest(Path(base) / "tokenizer") if (base := _base(config)) else None
+    tokenizer = folder_digest(base / "tokenizer") if base else None
     sizes = (config.rows_per_shard, MAX_SLICE_BYTES)
     return digest_of(VERSION, asdict(config.rules), asdict(config.columns), segmenter, batch, tokenizer, sizes)
 
 
-def _base(config: IngestConfig) -> str | None:
-    """The base's folder. BaseModelError or WeightsError where there is none."""
+def _base(config: IngestConfig) -> str:
+    """The base's folder, or its name on the hub: what every machine can find. WeightsError for an unknown preset."""
+    named = Path(config.base).is_dir() or "/" in config.base
+    return _everywhere(config.base if named else preset(config.base).base)
+
+
+def _base_folder(config: IngestConfig) -> Path | None:
+    """On this machine, with its tokenizer at least. BaseModelError or WeightsError where there is none."""
     if config.base is None:
         return None
-    named = Path(config.base).is_dir() or "/" in config.base
-    return str(locate(config.base if named else preset(config.base).base))
+    if not config.precompute:
+        return locate(_base(config), "tokenizer/")
+    folder = locate(_base(config))
+    check_layout(folder)
+    return folder
+
+
+def _everywhere(name_or_path: str) -> str:
+    """What names a model whatever folder a worker runs in."""
+    return str(Path(name_or_path).absolute()) if Path(name_or_path).is_dir() else name_or_path
 
 
 def _placed(config: IngestConfig) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from typing import Any
 
 from pipelines.curation.pairs import Dropped, Reason
 
+MAX_NESTING = 32
+"""Of lists and objects in a record: what is nested far deeper can be parsed, but not be handed to another process."""
 MAX_RECORD_LINES = 16
 """Lines that one quoted record of a CSV file may span; a quote that is never closed must not swallow the file."""
 
@@ -43,7 +45,19 @@ def json_line(number: int, line: bytes) -> Line:
     if not isinstance(record, dict):
         detail = f"must be a JSON object, is {type(record).__name__}; write one object a line"
         return Line(number=number, fault=Dropped(Reason.BAD_METADATA, detail))
+    if _nesting(record) > MAX_NESTING:
+        detail = f"nested more than {MAX_NESTING} deep; write text or names of files"
+        return Line(number=number, fault=Dropped(Reason.BAD_METADATA, detail))
     return Line(number=number, record=record)
+
+
+def _nesting(record: object) -> int:
+    """How deep it is, as far as it matters: a number has 0, an empty list 1."""
+    depth, level = 0, [record]
+    while depth <= MAX_NESTING and (level := [value for value in level if isinstance(value, dict | list)]):
+        level = [child for value in level for child in (value.values() if isinstance(value, dict) else value)]
+        depth += 1
+    return depth
 
 
 def csv_lines(data: bytes, delimiter: str) -> Iterator[Line]:

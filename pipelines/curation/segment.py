@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
-from torch import nn
+from safetensors import SafetensorError
+from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForUniversalSegmentation
 
 from instantbooth.errors import WeightsError
-from instantbooth.images import MIN_FOREGROUND, decode_image
+from instantbooth.images import MIN_FOREGROUND, Silhouette, decode_image
 from instantbooth.model.base import locate
 from instantbooth.model.loading import silent_loading
-from instantbooth.model.segmentation import Segmenter
+from instantbooth.model.segmentation import Segmenter, enlarged, silhouette, working_size
 from pipelines.curation.pairs import Pair, Reason, Slice
 from pipelines.curation.steps import Rules, png_of
 
-Silhouette = NDArray[np.bool_]
+INSTANCE_MODELS = ("detr", "eomt", "eomt_dinov3", "mask2former", "maskformer")
+"""Kinds of transformers' "universal segmentation" that take pictures alone."""
 
 
 class SubjectFinder:
@@ -77,24 +81,28 @@ class SemanticModel:
         """For each RGB picture the silhouettes of its subjects: pixels whose label is among its `labels`."""
         inputs = self.segmenter.processor(images=pictures, return_tensors="pt").to(self.segmenter.device)
         logits = self.segmenter.model(**inputs).logits
-        silhouettes = []
-        for number, (picture, wanted) in enumerate(zip(pictures, labels, strict=True)):
-            scores = logits[number : number + 1]
-            upsampled = nn.functional.interpolate(scores, size=picture.size[::-1], mode="bilinear")
-            silhouettes.append([np.isin(upsampled.argmax(dim=1)[0].cpu().numpy(), list(wanted))])
-        return silhouettes
+        return [
+            [silhouette(scores[None], wanted, picture.size)]
+            for scores, wanted, picture in zip(logits, labels, pictures, strict=True)
+        ]
 
 
 class InstanceModel:
     """A mask for every subject."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
+        """Loads a folder. WeightsError where it holds no such model."""
         try:
             self.processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
             with silent_loading():
                 self.model = AutoModelForUniversalSegmentation.from_pretrained(folder).eval().to(device)
-        except (OSError, ValueError, KeyError) as error:
-            raise WeightsError(f"{folder} is no segmentation model of transformers ({error})") from error
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            raise WeightsError(
+                f"{folder} is no segmentation model of transformers ({error}); name one's folder"
+            ) from error
+        self.segment = self.processor.post_process_panoptic_segmentation
+        if "label_ids_to_fuse" in inspect.signature(self.segment).parameters:
+            self.segment = partial(self.segment, label_ids_to_fuse=set())
         self.labels = {str(label).lower(): int(index) for index, label in self.model.config.id2label.items()}
         self.device = device
 
@@ -102,27 +110,32 @@ class InstanceModel:
     def subjects(self, pictures: list[Image.Image], labels: Sequence[set[int]]) -> list[list[Silhouette]]:
         """For each RGB picture the silhouettes of its subjects, segments whose label is among its `labels`."""
         inputs = self.processor(images=pictures, return_tensors="pt").to(self.device)
-        found = self.processor.post_process_panoptic_segmentation(
-            self.model(**inputs), label_ids_to_fuse=set(), target_sizes=[picture.size[::-1] for picture in pictures]
-        )
-        return [
-            [
-                segments["segmentation"].cpu().numpy() == segment["id"]
-                for segment in segments["segments_info"]
-                if segment["label_id"] in wanted
-            ]
-            for segments, wanted in zip(found, labels, strict=True)
-        ]
+        outputs = {name: value for name, value in self.model(**inputs).items() if isinstance(value, Tensor)}
+        found = []
+        for number, (picture, wanted) in enumerate(zip(pictures, labels, strict=True)):
+            # One at a time: masks are enlarged for every query.
+            own = SimpleNamespace(**{name: value[number : number + 1] for name, value in outputs.items()})
+            (segments,) = self.segment(own, target_sizes=[working_size(picture.size)[::-1]])
+            map_of_ids = segments["segmentation"].cpu().numpy()
+            ids = [each["id"] for each in segments["segments_info"] if each["label_id"] in wanted]
+            found.append([enlarged(map_of_ids == each, picture.size) for each in ids])
+        return found
 
 
 def load_model(folder: Path, device: torch.device) -> SemanticModel | InstanceModel:
-    """The model of a folder. WeightsError where it holds none."""
+    """The model of a folder. WeightsError where it holds none, or one that takes more than a picture."""
     try:
-        kind = type(AutoConfig.from_pretrained(folder))
+        config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise WeightsError(f"{folder} is no segmentation model of transformers ({error}); name its folder") from error
-    instances = kind in AutoModelForUniversalSegmentation._model_mapping
-    return InstanceModel(folder, device) if instances else SemanticModel(folder, device)
+    if type(config) not in AutoModelForUniversalSegmentation._model_mapping:
+        return SemanticModel(folder, device)
+    if config.model_type not in INSTANCE_MODELS:
+        raise WeightsError(
+            f"{folder} holds a {config.model_type} model, which takes more than a picture; name one of "
+            f"{', '.join(INSTANCE_MODELS)}, or a semantic segmentation model"
+        )
+    return InstanceModel(folder, device)
 
 
 def folder_digest(folder: Path) -> str:

@@ -199,7 +199,7 @@ def _open(unit: Unit) -> Iterator[BinaryIO]:
 
 
 def _list_files(source: str) -> tuple[str, list[File]]:
-    """The URI of a source's folder, and its files, sorted."""
+    """The URI of a source's folder, which is the same everywhere, and its files, sorted."""
     try:
         filesystem, root = open_filesystem(source)
         (info,) = filesystem.get_file_info([root])
@@ -211,14 +211,23 @@ def _list_files(source: str) -> tuple[str, list[File]]:
     if info.type == pyarrow.fs.FileType.NotFound:
         raise StorageError(f"there is nothing at {source}; check the name")
     if info.type == pyarrow.fs.FileType.File:
-        source, root = posixpath.dirname(source.rstrip("/")), posixpath.dirname(root)
+        root = posixpath.dirname(root)
     files = [
-        File(info.path.removeprefix(f"{root}/"), f"{info.size}@{info.mtime_ns}")
+        File(_path_of(info).removeprefix(root).lstrip("/"), f"{info.size}@{info.mtime_ns}")
         for info in infos
         if info.type == pyarrow.fs.FileType.File
     ]
     shown = [file for file in files if not any(part.startswith((".", "_")) for part in file.key.split("/"))]
-    return source, sorted(shown, key=lambda file: file.key)
+    folder = f"s3://{root}" if check_uri(source) == "s3" else root
+    return folder, sorted(shown, key=lambda file: file.key)
+
+
+def _path_of(info: pyarrow.fs.FileInfo) -> str:
+    """A file's path; one that is not UTF-8, which no store can read, comes with its bytes escaped and is not found."""
+    try:
+        return info.path
+    except UnicodeDecodeError as error:
+        return error.object.decode("utf-8", "backslashreplace")
 
 
 # Lists
@@ -260,8 +269,11 @@ def _pair(record: Mapping[str, Any], row: int, name: str, columns: Columns, unit
 
 
 def _value(record: Mapping[str, Any], names: Iterable[str]) -> Any:
-    """The record's first value among these columns; None where all are empty."""
-    return next((record[name] for name in names if record.get(name) not in (None, "", b"")), None)
+    """The record's first value among these columns; None where all are empty. Raises the Dropped that a cell is."""
+    value = next((record[name] for name in names if record.get(name) not in (None, "", b"")), None)
+    if isinstance(value, Dropped):
+        raise value
+    return value
 
 
 def text_of(value: object) -> str:
@@ -321,10 +333,10 @@ def _parquet_pairs(unit: Unit, columns: Columns, rows: Iterator[int]) -> Iterato
     with _open(unit) as file, ThreadPoolExecutor(FETCHERS) as fetchers:
         try:
             parquet = pq.ParquetFile(file, buffer_size=STREAM_BYTES)
-        except (pa.ArrowException, OSError) as error:
+            wanted = [name for name in parquet.schema_arrow.names if name in columns.all()]
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             yield _fault(next(rows), "the file", Reason.DAMAGED, f"{unit.key} is no whole Parquet file ({error})")
             return
-        wanted = [name for name in parquet.schema_arrow.names if name in columns.all()]
         for group in range(parquet.num_row_groups):
             for records in _group_batches(parquet, group, wanted):
                 yield from fetchers.map(pair_of, records, rows)
@@ -337,18 +349,21 @@ def _group_batches(
     left = parquet.metadata.row_group(group).num_rows
     try:
         for batch in parquet.iter_batches(batch_size=FETCHERS, row_groups=[group], columns=columns):
-            yield [{name: _cell(batch.column(name)[row]) for name in columns} for row in range(batch.num_rows)]
+            named = list(zip(batch.schema.names, batch.columns, strict=True))
+            yield [{name: _cell(column[row]) for name, column in named} for row in range(batch.num_rows)]
             left -= batch.num_rows
     except (pa.ArrowException, OSError) as error:
         yield [Dropped(Reason.DAMAGED, f"row group {group} cannot be read ({error})")] * left
 
 
 def _cell(scalar: pa.Scalar) -> Any:
+    """The value, or why it cannot be had."""
     try:
         return scalar.as_py()
-    except UnicodeDecodeError:
-        # text_of says what is wrong with it.
-        return scalar.as_buffer().to_pybytes()
+    except UnicodeDecodeError as error:
+        return Dropped(Reason.BAD_TEXT, f"text that is not UTF-8 ({error}); save it as UTF-8")
+    except (ValueError, OverflowError) as error:
+        return Dropped(Reason.BAD_METADATA, f"a {scalar.type} that Python cannot hold ({error}); write text or bytes")
 
 
 # Tars

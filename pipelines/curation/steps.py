@@ -61,10 +61,10 @@ class Rules:
         return {noun: name for name, nouns in CLASS_NOUNS.items() for noun in nouns} | self.nouns
 
 
-def name_subject(pair: Pair, *, rules: Rules, base: str | None = None) -> Pair:
+def name_subject(pair: Pair, *, rules: Rules, tokenizer: CLIPTokenizer | None = None) -> Pair:
     """Finds the one class noun of the caption, as a whole word, and puts {subject} in its place.
 
-    `base` is the folder of a Stable Diffusion whose text encoder must reach it.
+    Given the tokenizer of a Stable Diffusion, its text encoder must reach it.
     """
     text = " ".join(pair.text.split())
     if not text:
@@ -78,8 +78,8 @@ def name_subject(pair: Pair, *, rules: Rules, base: str | None = None) -> Pair:
     caption = text[: found[0].start()] + SUBJECT_FIELD + text[found[0].end() :]
     try:
         prompt = expand(caption, noun, rules.placeholder)
-        if base:
-            tokenize_subject(tokenizer_of(base), prompt, rules.placeholder)
+        if tokenizer:
+            tokenize_subject(tokenizer, prompt, rules.placeholder)
     except PromptError as error:
         raise Dropped(Reason.UNUSABLE_CAPTION, str(error)) from error
     return replace(pair, caption=caption, noun=noun, subject=rules.classes()[noun])
@@ -145,11 +145,10 @@ def part_areas(mask: Image.Image) -> list[int]:
     return sorted(areas.values(), reverse=True) or [0]
 
 
-@lru_cache
-def tokenizer_of(base: str) -> CLIPTokenizer:
+def tokenizer_of(base: Path) -> CLIPTokenizer:
     """The tokenizer of a Stable Diffusion folder. BaseModelError where it has none."""
     try:
-        return CLIPTokenizer.from_pretrained(Path(base) / "tokenizer")
+        return CLIPTokenizer.from_pretrained(base / "tokenizer")
     except (OSError, ValueError) as error:
         raise BaseModelError(f"{base} has no tokenizer of CLIP's ({error}); name a Stable Diffusion folder") from error
 

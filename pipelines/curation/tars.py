@@ -53,7 +53,7 @@ def _tar_files(stream: BinaryIO) -> Iterator[tuple[str, bytes | Dropped | None]]
                 seen.damage = ""
             if member.isreg() and member is not start:
                 yield member.name, _member_bytes(tar, member)
-        except (tarfile.TarError, ValueError) as error:
+        except (tarfile.TarError, ValueError, RecursionError) as error:
             seen.damage = str(error)
             if tar.fileobj.tell() == position:
                 break

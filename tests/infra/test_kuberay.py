@@ -195,6 +195,11 @@ def test_gpus_are_there_before_the_jobs_that_ask_for_them_at_once() -> None:
     assert gpus_at_start("personalize") >= sum(pool.min * pool.gpus for pool in (pictures.concept, pictures.diffusion))
 
 
+def test_pairs_are_ingested_for_the_base_that_is_trained_on_them() -> None:
+    ingestion, training = command("ingest"), command("train")
+    assert (ingestion.output, ingestion.base) == (training.data, training.model.base)
+
+
 def test_a_training_is_asked_to_stop_and_has_time_to_save() -> None:
     entrypoint = written("kuberay/train/job.yaml")["spec"]["entrypoint"]
     for group, pod, container in pods():

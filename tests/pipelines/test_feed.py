@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from instantbooth.training.adapters import ExamplePreparer
 from pipelines import feed
 from pipelines.curation.precompute import Precomputed
 from pipelines.feed import Shards, TrainingFeed, sample_name
+from pipelines.ingest import caption_rules
 from tests.curated import write_curated
 
 ROWS = 20
@@ -64,6 +66,24 @@ def test_columns_of_another_base_or_word_are_refused(tmp_path: Path, tiny: Path)
     with pytest.raises(TrainingError, match="by another base than"):
         check(Precomputed(base="0" * 64, placeholder=PLACEHOLDER_TOKEN))
     check(Precomputed.by(base, PLACEHOLDER_TOKEN))
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_captions_that_would_end_a_training_are_told_before_it_starts(tmp_path: Path, tiny: Path) -> None:
+    base = tiny / "base"
+    caption = "very " * 30 + "nice {subject}"
+    (name, *_) = write_curated(FileStore(tmp_path / "long"), 3, rows_per_shard=2, caption=caption)
+    with pytest.raises(TrainingError, match=rf"^3 of 3 pairs .* row {name} of \S*/000\.parquet: .* again with base"):
+        Shards.of(f"{tmp_path}/long").check_captions(base, PLACEHOLDER_TOKEN)
+    write_curated(FileStore(tmp_path / "short"), 3)
+    unread = Shards.of(f"{tmp_path}/short")
+    unread.check_captions(base, PLACEHOLDER_TOKEN)
+    with pytest.raises(TrainingError, match=r"3 of 3 pairs .* holds the placeholder token 'photo' itself"):
+        unread.check_captions(base, "photo")
+    checked = replace(unread, uris=("file:///gone.parquet",), captions=caption_rules(base, PLACEHOLDER_TOKEN))
+    checked.check_captions(base, PLACEHOLDER_TOKEN)
+    with pytest.raises(StorageError, match=r"cannot read file:///gone\.parquet"):
+        checked.check_captions(base, "photo")
 
 
 def test_what_a_process_holds_of_shards_is_bounded_by_their_bytes(

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import struct
 import subprocess
 import sys
@@ -25,6 +26,9 @@ import torch
 from moto.server import ThreadedMotoServer
 from PIL import Image, ImageDraw
 from transformers import (
+    EomtConfig,
+    EomtForUniversalSegmentation,
+    EomtImageProcessorPil,
     Mask2FormerConfig,
     Mask2FormerForUniversalSegmentation,
     Mask2FormerImageProcessorPil,
@@ -35,8 +39,10 @@ from instantbooth.errors import ParameterError, StorageError, WeightsError
 from instantbooth.images import decode_image, mask_coverage
 from instantbooth.miniature.corpus import class_noun_of, identity_of, subject_seed
 from instantbooth.miniature.world import Scene, render
+from instantbooth.model import segmentation
 from instantbooth.model.base import BaseModel
 from instantbooth.model.encoders import resize_to_tensor
+from instantbooth.model.segmentation import silhouette, working_size
 from instantbooth.presets import miniature_folder
 from instantbooth.prompts import expand, tokenize_subject
 from instantbooth.storage import FileStore, ObjectStore, open_store
@@ -427,21 +433,40 @@ def overlap(one: Image.Image, other: Image.Image) -> float:
     return float((left & right).sum() / (left | right).sum())
 
 
-def test_a_model_of_instances_tells_subjects_apart(tmp_path: Path) -> None:
+def mask2former(folder: Path, labels: dict[int, str]) -> None:
+    """A small one with random masks, all of them persons."""
     size = {"hidden_dim": 32, "feature_size": 32, "mask_feature_size": 32, "num_queries": 4, "num_attention_heads": 2}
     size |= {"dim_feedforward": 16, "encoder_feedforward_dim": 16, "encoder_layers": 1, "decoder_layers": 2}
     swin = SwinConfig(image_size=64, embed_dim=8, depths=[1] * 4, num_heads=[1] * 4, window_size=2)
     swin.out_features = ["stage1", "stage2", "stage3", "stage4"]
-    labels = {0: "background", 1: "person", 2: "cat"}
     torch.manual_seed(0)
     model = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(backbone_config=swin, id2label=labels, **size))
     with torch.no_grad():
-        # Every segment is a person.
         model.class_predictor.weight.zero_()
         model.class_predictor.bias.copy_(torch.tensor([0.0, 9.0, 0.0, 0.0]))
-    model.save_pretrained(tmp_path)
-    Mask2FormerImageProcessorPil(size={"height": 64, "width": 64}).save_pretrained(tmp_path)
+    model.save_pretrained(folder)
+    Mask2FormerImageProcessorPil(size={"height": 64, "width": 64}).save_pretrained(folder)
 
+
+def eomt(folder: Path, labels: dict[int, str]) -> None:
+    """The same of another architecture, whose processor takes other arguments."""
+    torch.manual_seed(1)
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_queries": 4, "num_blocks": 1}
+    model = EomtForUniversalSegmentation(EomtConfig(image_size=64, patch_size=16, id2label=labels, **size))
+    with torch.no_grad():
+        model.class_predictor.weight.zero_()
+        model.class_predictor.bias.copy_(torch.tensor([0.0, 9.0, 0.0, 0.0]))
+        model.query.weight.normal_()
+        model.mask_head.fc3.weight.mul_(1000)
+    model.save_pretrained(folder)
+    EomtImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 64}, do_pad=True).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("write", [mask2former, eomt])
+def test_a_model_of_instances_tells_subjects_apart(
+    write: Callable[[Path, dict[int, str]], None], tmp_path: Path
+) -> None:
+    write(tmp_path, {0: "background", 1: "person", 2: "cat"})
     noise = np.random.default_rng(2).integers(0, 255, (64, 80, 3), dtype=np.uint8)
     pair = Pair(row=0, name="a", image=png(Image.fromarray(noise)), subject="person")
     seen = load_model(tmp_path, torch.device("cpu")).subjects([Image.open(io.BytesIO(pair.image))], [{1}])[0]
@@ -458,6 +483,28 @@ def test_a_model_of_instances_tells_subjects_apart(tmp_path: Path) -> None:
     assert mask_coverage(Image.open(io.BytesIO(found("person", 1.0).mask))) == shares[0]
     assert found("person", shares[1] / shares[0] / 2).reason == Reason.SEVERAL_PICTURED
     assert found("cat", 1.0).reason == Reason.NO_SUBJECT
+
+
+def test_large_pictures_are_segmented_in_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = torch.randn((1, 5, 8, 8), generator=torch.Generator().manual_seed(0))
+    exact = silhouette(scores, {1, 3}, (400, 300))
+    monkeypatch.setattr(segmentation, "MAX_PIXELS", 100 * 75)
+    assert working_size((400, 300)) == (100, 75)
+    assert math.prod(working_size((7000, 4))) <= 100 * 75
+    coarse = silhouette(scores, {1, 3}, (400, 300))
+    assert coarse.shape == exact.shape == (300, 400)
+    assert 0.95 < (coarse == exact).mean() < 1
+
+
+def test_a_segmenter_that_is_none_is_told_before_anything_starts(good: list[Raw], tmp_path: Path) -> None:
+    FileStore(tmp_path / "source").put("0.tar", tar_of(good[:1]))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "oneformer").mkdir()
+    (tmp_path / "oneformer/config.json").write_text('{"model_type": "oneformer"}')
+    for name, reason in (("empty", "no segmentation model"), ("oneformer", "more than a picture; name one of detr")):
+        with pytest.raises(WeightsError, match=reason):
+            curate(f"{tmp_path}/source", f"{tmp_path}/output", segmenter=f"{tmp_path}/{name}")
+    assert not (tmp_path / "output").exists()
 
 
 def test_a_noun_is_a_word_of_its_own_and_the_only_one() -> None:
@@ -571,12 +618,24 @@ def test_every_place_where_a_tar_can_be_cut_or_damaged_costs_what_it_touches(goo
         assert all(whole[key].items() >= files.items() for key, files in cut if key in whole)
 
 
+def test_headers_that_announce_headers_without_end_are_a_damaged_part(good: list[Raw]) -> None:
+    name = tarfile.TarInfo("././@LongLink")
+    name.type, name.size = tarfile.GNUTYPE_LONGNAME, 2
+    chain = (name.tobuf(tarfile.GNU_FORMAT) + b"x".ljust(512, b"\0")) * 2000
+    before, after = tar_of(good[:1]).rstrip(b"\0"), tar_of(good[1:3])
+    before += bytes(-len(before) % 512)
+    samples = list(tar_samples(io.BytesIO(before + chain + after)))
+    assert {good[0].name, good[2].name} <= {key for key, files in samples if not isinstance(files, Dropped)}
+    (damage,) = (files for _, files in samples if isinstance(files, Dropped))
+    assert "recursion depth" in damage.detail
+
+
 def test_lists_lose_only_the_lines_that_are_wrong() -> None:
-    text = '{"text": "a\u2028b"}\r\n\n{"text": \n[1]\n{"text": "c"}'
+    text = '{"text": "a\u2028b"}\r\n\n{"text": \n[1]\n{"text": "c"}\n{"text": ' + "[" * 400 + "]" * 400 + "}"
     lines = list(json_lines(text.encode()))
-    assert [line.number for line in lines] == [1, 3, 4, 5]
-    assert [line.record.get("text") for line in lines] == ["a\u2028b", None, None, "c"]
-    assert [line.fault is None for line in lines] == [True, False, False, True]
+    assert [line.number for line in lines] == [1, 3, 4, 5, 6]
+    assert [line.record.get("text") for line in lines] == ["a\u2028b", None, None, "c", None]
+    assert [line.fault is None for line in lines] == [True, False, False, True, False]
 
     rows = [
         "uri,caption",
@@ -612,6 +671,50 @@ def test_sources_are_told_apart_by_their_files(good: list[Raw], tmp_path: Path) 
     FileStore(tmp_path / "else").put("readme.txt", b"")
     with pytest.raises(StorageError, match=r"nothing to ingest among 1 files; name a folder with metadata\.jsonl"):
         plan(f"{tmp_path}/else", lines_per_unit=8)
+
+
+def test_one_cell_or_file_name_that_is_no_utf8_costs_itself_alone(good: list[Raw], tmp_path: Path) -> None:
+    first, second = good[:2]
+    bad = pa.array([b"a man", b"a m\xffn"]).view(pa.string())
+    columns = {
+        "plain": bad,
+        "dictionary": pa.DictionaryArray.from_arrays(pa.array([0, 1], pa.int32()), bad),
+        "list": pa.ListArray.from_arrays([0, 1, 2], bad),
+        "struct": pa.StructArray.from_arrays([bad], ["text"]),
+    }
+    for name, captions in columns.items():
+        table = pa.table({"jpg": [first.image, second.image], "caption": captions})
+        (tmp_path / name).mkdir()
+        pq.write_table(table, tmp_path / name / "0.parquet")
+        (unit,) = plan(f"{tmp_path}/{name}", lines_per_unit=8)
+        (part,) = read_slices(unit, Columns(), pairs_per_slice=8, rules="")
+        assert part.pairs[0].text == "a man" or "must be text" in part.pairs[0].detail
+        assert part.pairs[1].reason == Reason.BAD_TEXT
+
+    (tmp_path / "tars").mkdir()
+    for name in (b"0.tar", b"\xff.tar"):
+        with open(bytes(tmp_path / "tars") + b"/" + name, "wb") as file:
+            file.write(tar_of([first]))
+    readable, unreadable = (
+        next(read_slices(unit, Columns(), pairs_per_slice=8, rules=""))
+        for unit in plan(f"{tmp_path}/tars", lines_per_unit=8)
+    )
+    assert [pair.text for pair in readable.pairs] == [first.caption.decode()]
+    assert [pair.reason for pair in unreadable.pairs] == [Reason.UNREADABLE]
+    assert r"\xff.tar" in unreadable.source
+
+
+def test_a_source_named_from_this_folder_is_found_from_every_other(
+    good: list[Raw], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    FileStore(tmp_path).put("a.png", good[0].image or b"")
+    FileStore(tmp_path).put("pairs.csv", b"uri,caption\na.png,a man\n")
+    for source in ("pairs.csv", ".", f"../{tmp_path.name}"):
+        monkeypatch.chdir(tmp_path)
+        (unit,) = plan(source, lines_per_unit=8)
+        monkeypatch.chdir("/")
+        (part,) = read_slices(unit, Columns(), pairs_per_slice=8, rules="")
+        assert [(pair.image, pair.reason) for pair in part.pairs] == [(good[0].image, None)]
 
 
 def test_bad_configurations_and_unfinished_data_sets_are_refused_at_once(tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def test_a_training_stops_at_samples_that_are_no_numbers_and_names_them(project:
 
 
 @pytest.mark.full
-def test_a_pair_that_cannot_be_trained_on_ends_the_training_by_its_name(project: Project) -> None:
+def test_a_pair_that_cannot_be_trained_on_is_named_before_a_training_starts(project: Project) -> None:
     caption = "very " * 30 + "nice {subject}"
     (name,) = write_curated(FileStore(project.folder / "overlong"), 1, caption=caption)
     config = replace(
@@ -157,8 +157,9 @@ def test_a_pair_that_cannot_be_trained_on_ends_the_training_by_its_name(project:
         data=f"{project.folder}/overlong",
         output=f"{project.folder}/train/overlong",
     )
-    with pytest.raises(TrainingError, match=rf"^row {name} of \S*/overlong/train/000.parquet cannot be trained on"):
+    with pytest.raises(TrainingError, match=rf"^1 of 1 pairs cannot be trained on, first row {name} of \S*/overlong/"):
         train(config)
+    assert not list(open_store(config.output).list())
 
 
 def test_workers_that_are_started_again_learn_what_no_restart_mends() -> None:

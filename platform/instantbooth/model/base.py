@@ -127,15 +127,18 @@ def local_folder(name_or_path: str) -> Path | None:
     return None
 
 
-def locate(name_or_path: str) -> Path:
-    """A local folder as it is, a hub name as its snapshot. BaseModelError where neither is found."""
+def locate(name_or_path: str, part: str = "") -> Path:
+    """A local folder as it is, a hub name as its snapshot. BaseModelError where neither is found.
+
+    Of the snapshot only `part` ("tokenizer/") is fetched, if one is named.
+    """
     if (folder := local_folder(name_or_path)) is not None:
         return folder
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        patterns = ["*.json", "*.txt", "*.safetensors"]
+        patterns = [f"{part}{kind}" for kind in ("*.json", "*.txt", "*.safetensors")]
         return Path(snapshot_download(name_or_path, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise BaseModelError(
