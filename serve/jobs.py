@@ -2,7 +2,7 @@
 
 One replica runs all of them and is the only writer of their records. What it accepts is in the object store before it
 says so; after a restart it goes on with whatever has no end yet. Seeds are drawn when a job is accepted, so that what
-is made again is the same.
+is made again is the same. Should a replica outlive its successor's start, the end that is written first counts.
 
 An idempotency key is a claim on a job: the first call with a key makes the job, every further one finds it.
 
@@ -329,7 +329,7 @@ class JobRunner:
         record.status = "cancelled"
         running.task.cancel()
         await self._end(running)
-        return record
+        return running.record
 
     async def _accept(self, tenant: str, order: Order) -> JobRecord:
         body, waited_for = order.body, order.waited_for
@@ -452,11 +452,19 @@ class JobRunner:
         record = running.record
         record.seconds = time.time() - record.created_at
         record.pictures.sort(key=lambda each: each.image_index)
-        await self._stored(running, partial(self.records.put, running.tenant, record))
+        await self._stored(running, partial(self._write_end, running))
         await self._stored(running, partial(self._forget, running.tenant, record.id))
         self._running.pop(record.id, None)
         running.over = True
         running.tell()
+
+    def _write_end(self, running: _Running) -> None:
+        """Writes the record, or takes over the end that another replica has written."""
+        known = self.records.find(running.tenant, running.record.id)
+        if known is not None and known.finished:
+            running.record = known
+        else:
+            self.records.put(running.tenant, running.record)
 
     async def _stored(self, running: _Running, write: Callable[[], None]) -> None:
         """Writes, however long the store takes to come back: until then the job is not over."""

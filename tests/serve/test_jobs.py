@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from instantbooth.errors import EngineError, OverloadedError
+from instantbooth.errors import EngineError, MissingObjectError, OverloadedError
 from serve.bodies import EditForm
 from serve.config import ServeConfig
 from serve.errors import ApiError
@@ -279,6 +279,25 @@ def test_a_replica_that_starts_reads_what_is_unfinished_and_nothing_else(
         again.records._read = lambda key: read.append(key) or get(key)
         assert (await again.wait("ada", job.id)).status == "succeeded"
         assert set(read) == {f"jobs/ada/{job.id}.json"}
+
+    asyncio.run(run())
+
+
+def test_of_two_replicas_the_first_to_end_a_job_is_right(runner: Callable[..., JobRunner]) -> None:
+    async def run() -> None:
+        overtaken = asyncio.Event()
+
+        async def loses_its_concept(work: Work) -> AsyncIterator[Event]:
+            yield BEGUN
+            await overtaken.wait()
+            raise MissingObjectError("there is no object")
+
+        former = runner(loses_its_concept)
+        job = await submitted(former)
+        assert (await runner(denoised).wait("ada", job.id)).status == "succeeded"
+        overtaken.set()
+        assert (await former.wait("ada", job.id)).status == "succeeded"
+        assert (await runner(denoised).get("ada", job.id)).pictures
 
     asyncio.run(run())
 
