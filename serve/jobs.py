@@ -35,7 +35,7 @@ from serve.concepts import ConceptStore
 from serve.config import ServeConfig
 from serve.errors import ApiError, of_exception
 from serve.limits import Turns
-from serve.messages import Begun, Event, Picture, Step, Work
+from serve.messages import Begun, Event, Picture, Step, Work, is_news
 from serve.metrics import Snapshot, StageMetrics
 from serve.pictures import PictureStore
 from serve.records import Expiring, Records
@@ -144,8 +144,8 @@ class _Running:
         self.tenant = tenant
         self.record = record
         self.events: list[Event] = []
-        self.steps: set[tuple[int, int, bool]] = set()
-        """Picture, step and whether it was a preview, of every Step among them."""
+        self.told: set[tuple[object, ...]] = set()
+        """Every Step among them, as is_news knows it."""
         self.task: asyncio.Task[None] | None = None
         self.over = False
         """Whether its end is in the store."""
@@ -434,10 +434,8 @@ class JobRunner:
                 return
             record.begun, record.steps = event, event.parameters.num_inference_steps * record.body.n
         elif isinstance(event, Step):
-            step = (event.image_index, event.step, event.preview is not None)
-            if step in running.steps:
+            if not is_news(event, running.told):
                 return
-            running.steps.add(step)
             record.step += event.preview is None
         elif any(event.image_index == each.image_index for each in record.pictures):
             return

@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from pydantic import ValidationError
+from ray.serve import Application
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID
 from ray.serve.exceptions import BackPressureError
 from starlette.responses import Response
@@ -29,7 +30,7 @@ from instantbooth.errors import (
     StorageError,
 )
 from instantbooth.storage import FileStore
-from serve.app import CALLS_BESIDE
+from serve.app import CALLS_BESIDE, build
 from serve.config import ServeConfig
 from serve.errors import ApiError, of_exception
 from serve.keys import Keyring, check_local, new_key
@@ -154,10 +155,24 @@ def test_a_concept_that_everybody_asks_for_takes_every_replica() -> None:
     assert ranks(router, "concept_1", replicas)[0][0].replica_id == next(iter(sent))
 
 
+CLUSTER = yaml.safe_load((Path(__file__).parents[2] / "infra/serve.yaml").read_text())["applications"][0]
+
+
 def test_on_a_cluster_too_a_full_replica_refuses_at_once() -> None:
-    settings = yaml.safe_load((Path(__file__).parents[2] / "infra/serve.yaml").read_text())["applications"][0]
-    diffusion = next(each for each in settings["deployments"] if each["name"] == "DiffusionEngine")
-    assert diffusion["max_ongoing_requests"] == settings["args"]["max_requests"] + CALLS_BESIDE
+    diffusion = next(each for each in CLUSTER["deployments"] if each["name"] == "DiffusionEngine")
+    assert diffusion["max_ongoing_requests"] == CLUSTER["args"]["max_requests"] + CALLS_BESIDE
+
+
+def test_a_cluster_bounds_its_queues_and_ends_its_replicas_as_one_machine_does() -> None:
+    ingress = build(ServeConfig())._bound_deployment
+    stages = [each._bound_deployment for each in ingress.init_args if isinstance(each, Application)]
+    own = {each.name: each._deployment_config for each in (ingress, *stages)}
+    assert own["JobRunner"].graceful_shutdown_timeout_s == 0, "two replicas would run the same jobs"
+    names = ("num_replicas", "max_queued_requests", "graceful_shutdown_timeout_s", "health_check_period_s")
+    for deployment in CLUSTER["deployments"]:
+        for name in names:
+            known = getattr(own[deployment["name"]], name)
+            assert deployment.get(name, known) == known, (deployment["name"], name)
 
 
 def test_a_signed_path_ends_and_cannot_be_made_up(tmp_path: Path) -> None:
