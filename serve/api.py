@@ -67,7 +67,7 @@ from serve.schemas import (
     Model,
     ModelList,
 )
-from serve.stages import LOST, PAUSE_S, Stages
+from serve.stages import LOST, PAUSE_S, READY_S, Stages, ask_all
 
 logger = logging.getLogger("ray.serve")
 
@@ -75,8 +75,6 @@ MAX_REFERENCES = 16
 FOLLOWERS = 100
 """Calls of a tenant that an ingress replica lets wait for jobs beyond those that hold places of their own: events of a
 job, and repetitions of an Idempotency-Key. Eight such replicas leave the jobs' replica room for others."""
-READY_S = 2.0
-"""How long /readyz and /metrics wait for replicas."""
 
 Answer = TypeVar("Answer")
 PageLimit = Annotated[int, Query(ge=1, le=100)]
@@ -257,7 +255,7 @@ class Api:
     async def readyz(self) -> Response:
         """Whether pictures can be made: a diffusion replica is warm."""
         try:
-            await self.stages.describe(READY_S)
+            await self.stages.describe()
         except Exception:
             raise ApiError(503, "not_ready", "no diffusion replica is warm yet; wait") from None
         return answer(Health())
@@ -271,8 +269,7 @@ class Api:
             self.stages.encoder,
             self.stages.diffusion,
         ]
-        calls = (handle.broadcast("snapshot").results_async(timeout_s=READY_S) for handle in handles)
-        found = await asyncio.gather(*calls, return_exceptions=True)
+        found = await asyncio.gather(*(ask_all(handle, "snapshot") for handle in handles), return_exceptions=True)
         snapshots = [each for replicas in found if isinstance(replicas, list) for each in replicas]
         return Response(exposition(snapshots), media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -283,7 +280,7 @@ class Api:
     async def _described(self) -> Model:
         if self._model is None:
             try:
-                self._model = _model(self.config, self.started, await self.stages.describe(READY_S))
+                self._model = _model(self.config, self.started, await self.stages.describe())
             except TimeoutError:
                 raise ApiError(503, "not_ready", "no diffusion replica is warm yet; try again later") from None
         return self._model

@@ -18,7 +18,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
@@ -36,11 +36,11 @@ from serve.config import ServeConfig
 from serve.errors import ApiError, of_exception
 from serve.limits import Turns
 from serve.messages import Begun, Event, Picture, Step, Work, is_news
-from serve.metrics import Snapshot, StageMetrics
+from serve.metrics import Snapshot, StageMetrics, queue_metrics
 from serve.pictures import PictureStore
 from serve.records import Expiring, Records
 from serve.schemas import ErrorObject, GenerationBody, ImageParameters
-from serve.stages import Stages
+from serve.stages import Stages, ask_all
 
 logger = logging.getLogger("ray.serve")
 
@@ -49,6 +49,8 @@ RETRIED = (429, 503)
 MAX_FAILURES = 5
 """So often is a job begun that fails with one of them; before it is begun it may be refused as often as it takes."""
 RETRY_S = 1.0
+SHARE_OUT_S = 2.0
+"""How often the diffusion replicas are counted, and told what waits."""
 FINISHED = ("succeeded", "failed", "cancelled")
 
 
@@ -91,6 +93,13 @@ class JobRecord(Expiring):
     def finished(self) -> bool:
         """Whether it has ended, one way or another."""
         return self.status in FINISHED
+
+    def unet_rows(self, defaults: Mapping[str, float]) -> int:
+        """U-Net rows of all its steps, where the weights have these defaults."""
+        body = self.body
+        steps = int(body.num_inference_steps or defaults["num_inference_steps"])
+        guidance = defaults["guidance_scale"] if body.guidance_scale is None else body.guidance_scale
+        return body.n * steps * (2 if guidance > 1 else 1)
 
     @property
     def left_s(self) -> float | None:
@@ -187,6 +196,8 @@ class JobRunner:
         self._running: dict[str, _Running] = {}
         self._turns = {False: Turns(config.jobs_at_once), True: Turns(config.max_pending_images)}
         """By whether somebody waits."""
+        self._queued_rows = 0
+        self._defaults: dict[str, float] | None = None
         self._recovered: asyncio.Task[None] | None = None
         self._accepting = asyncio.Lock()
         self._kept: set[asyncio.Task[JobRecord]] = set()
@@ -267,7 +278,7 @@ class JobRunner:
 
     async def snapshot(self) -> Snapshot:
         """This replica's metrics."""
-        return self.metrics.snapshot()
+        return self.metrics.snapshot(queue_metrics(self._queued_rows))
 
     async def _recover(self) -> None:
         """Once, before anything else: goes on with what a former replica left."""
@@ -283,6 +294,7 @@ class JobRunner:
         for tenant, record in await asyncio.to_thread(lambda: list(self._unfinished())):
             self._start(tenant, record.model_copy(update={"status": "queued", "step": 0}))
         self._cleaner = asyncio.ensure_future(self._clean_up())
+        self._sharer = asyncio.ensure_future(self._share_out())
 
     def _unfinished(self) -> Iterator[tuple[str, JobRecord]]:
         for tenant, mark in self.open.all():
@@ -472,6 +484,20 @@ class JobRunner:
             except StorageError as error:
                 logger.warning("job %s cannot be written now: %s", running.record.id, error)
                 await asyncio.sleep(RETRY_S)
+
+    async def _share_out(self) -> None:
+        """Tells the diffusion replicas what waits, again and again, and makes room for jobs on each that hears."""
+        while True:
+            try:
+                if self._defaults is None:
+                    self._defaults = (await self.stages.describe())["defaults"]
+                waiting = [each.record for each in self._running.values() if each.record.status == "queued"]
+                self._queued_rows = sum(record.unet_rows(self._defaults) for record in waiting)
+                replicas = await ask_all(self.stages.diffusion, "expect", self._queued_rows)
+                self._turns[False].resize(self.config.jobs_at_once * max(1, len(replicas)))
+            except Exception as error:
+                logger.warning("the diffusion replicas do not hear what waits: %s", type(error).__name__)
+            await asyncio.sleep(SHARE_OUT_S)
 
     async def _clean_up(self) -> None:
         """Deletes what has expired, again and again."""

@@ -99,6 +99,33 @@ def test_who_waits_for_an_answer_does_not_wait_for_a_strangers_jobs(runner: Call
     asyncio.run(run())
 
 
+def test_jobs_are_let_in_by_the_number_of_replicas_which_hear_what_waits(
+    runner: Callable[..., JobRunner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve.jobs.SHARE_OUT_S", 0.01)
+
+    async def run() -> None:
+        jobs = runner(endless, jobs_at_once=2)
+        diffusion = jobs.stages.diffusion
+        # Three steps without guidance by the weights' own defaults, or twice that.
+        batch = [await submitted(jobs, n=2, guidance_scale=7 if number == 6 else None) for number in range(7)]
+        await until(lambda: diffusion.deployment.queued_jobs == 4 * 2 * STEPS + 2 * 2 * STEPS)
+        diffusion.replicas = 3
+        await until(lambda: sum(job.status == "running" for job in batch) == 6)
+        await until(lambda: diffusion.deployment.queued_jobs == 2 * 2 * STEPS)
+        # Those that run beyond the two of a single replica end before another begins.
+        turns, diffusion.replicas = jobs._turns[False], 1
+        await until(lambda: turns._free == -4)
+        for job in batch[:4]:
+            await jobs.cancel("ada", job.id)
+        await until(lambda: turns._free == 0)
+        assert batch[6].status == "queued"
+        await jobs.cancel("ada", batch[4].id)
+        await until(lambda: batch[6].status == "running")
+
+    asyncio.run(run())
+
+
 def test_only_a_call_that_is_waited_for_has_a_deadline_of_its_own_accord(runner: Callable[..., JobRunner]) -> None:
     async def run() -> None:
         jobs = runner(denoised, deadline_s=7)

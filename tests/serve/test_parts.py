@@ -92,6 +92,7 @@ def test_a_full_gate_says_when_to_come_back() -> None:
         (PictureError("not finite"), 500),
         (EngineError("the engine broke down: secret"), 503),
         (TimeoutError(), 504),
+        (torch.OutOfMemoryError("CUDA out of memory on secret"), 503),
         (StorageError("cannot read s3://secret/place"), 503),
         (KeyError("/root/secret"), 500),
     ],
@@ -106,11 +107,12 @@ def test_an_error_shows_a_client_its_status_and_nothing_of_the_inside(error: Exc
 def test_replicas_follow_the_work_and_not_the_number_of_requests() -> None:
     policy = QueuedWorkPolicy(rows_per_replica=100)
 
-    def wanted(*work: float) -> int:
-        metrics = {"queued_work": dict(enumerate(work))} if work else None
-        return policy(SimpleNamespace(aggregated_metrics=metrics))[0]
+    def wanted(*work: float, jobs: float = 0) -> int:
+        told = {"queued_work": dict(enumerate(work)), "queued_jobs": dict.fromkeys(range(len(work)), jobs)}
+        return policy(SimpleNamespace(aggregated_metrics=told if work else None))[0]
 
     assert [wanted(), wanted(0, 0), wanted(60, 40), wanted(60, 41), wanted(1000)] == [1, 1, 1, 2, 10]
+    assert [wanted(0, 0, jobs=100), wanted(60, 40, jobs=101)] == [1, 3]
 
 
 def a_router(replicas: int) -> tuple[ConceptRouter, list[Any]]:
