@@ -505,20 +505,20 @@ class JobRunner:
             try:
                 await asyncio.to_thread(self.concepts.delete_expired)
                 ended = await asyncio.to_thread(lambda: list(self.records.expired(self.config.job_ttl_s)))
-                async with self._accepting:
-                    await asyncio.to_thread(self._delete, ended)
+                for tenant, job in ended:
+                    async with self._accepting:
+                        await asyncio.to_thread(self._delete, tenant, job)
                 ages = {"file": self.config.url_ttl_s, "job": self.config.job_ttl_s}
                 await asyncio.to_thread(self.pictures.delete_older, ages)
             except Exception as error:
                 logger.warning("the expired cannot be deleted now: %s", error)
             await asyncio.sleep(self.config.clean_up_s)
 
-    def _delete(self, ended: list[tuple[str, JobRecord]]) -> None:
-        for tenant, job in ended:
-            if job.claim_id is not None:
-                # Not where the key was used again since.
-                self.claims.delete_if_expired(tenant, job.claim_id)
-            self.records.delete(tenant, job.id)
+    def _delete(self, tenant: str, job: JobRecord) -> None:
+        if job.claim_id is not None:
+            # Not where the key was used again since.
+            self.claims.delete_if_expired(tenant, job.claim_id)
+        self.records.delete(tenant, job.id)
 
 
 def cancelled(job_id: str) -> ApiError:

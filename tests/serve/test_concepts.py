@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
+from types import SimpleNamespace
 
 import pytest
 
@@ -19,7 +21,6 @@ from serve.config import ServeConfig
 from serve.diffusion import DiffusionEngine
 from serve.errors import ApiError
 from serve.messages import Step, Work
-from serve.records import new_id
 from tests.engine.test_engine import before
 from tests.serve.works import a_work, stored
 from tests.tiny import portrait
@@ -30,20 +31,26 @@ def concepts(booth: Personalizer) -> list[Concept]:
     return [booth.encode([image], "person", [mask]) for image, mask in map(portrait, range(2))]
 
 
-def test_nothing_is_left_of_concepts_that_expired_or_that_a_crash_left(concepts: list[Concept], tmp_path: Path) -> None:
+def test_nothing_is_left_of_concepts_that_expired_or_that_a_crash_left(
+    concepts: list[Concept], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = ConceptStore(FileStore(tmp_path))
-    kept, being_added = stored(store, concepts[0]), new_id("concept")
-    stored(store, concepts[1], ttl_s=0)
-    for orphan in (f"concept_{0:024x}", being_added):
-        store.store.put(store.records.key("ada", orphan, "safetensors"), b"tensors")
+    kept, expired, crashed = (stored(store, concepts[0], ttl_s=seconds) for seconds in (90, 30, 30))
+    store.store.delete(store.records.key("ada", crashed))
+    (mark,) = store.store.list("expiries/" + str(store.records.get("ada", kept).expires_at).zfill(12))
+    left = {f"concepts/ada/{kept}.json", f"concepts/ada/{kept}.safetensors", mark, "concepts/readme.txt"}
     store.store.put("concepts/readme.txt", b"somebody's")
+    assert {expired, crashed} < {Path(key).stem for key in store.store.list("concepts/")}
+    monkeypatch.setattr("serve.concepts.time", SimpleNamespace(time=lambda: time.time() + 60))
+    store.records._read = None  # Whatever the number of concepts: no record is looked at.
     store.delete_expired()
-    assert set(store.store.list()) == {
-        f"concepts/ada/{kept}.json",
-        f"concepts/ada/{kept}.safetensors",
-        f"concepts/ada/{being_added}.safetensors",
-        "concepts/readme.txt",
-    }
+    assert set(store.store.list()) == left
+
+
+def test_what_expired_while_it_was_written_is_gone(concepts: list[Concept], tmp_path: Path) -> None:
+    store = ConceptStore(FileStore(tmp_path))
+    stored(store, concepts[0], ttl_s=0)
+    assert list(store.store.list()) == []
 
 
 @pytest.mark.parametrize("suffix", ["json", "safetensors"])

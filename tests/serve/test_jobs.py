@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -343,8 +344,32 @@ def test_what_has_expired_is_deleted_and_a_key_used_again_is_not(
                 await jobs.get("ada", job.id)
         # The clean-up of a job finds its key claimed by a newer one.
         old = await jobs.wait("ada", (await submitted(jobs, key="again")).id)
-        jobs._delete([("ada", old)])
+        jobs._delete("ada", old)
         assert [*tmp_path.glob("claims/ada/*")]
+
+    asyncio.run(run())
+
+
+def test_jobs_are_accepted_while_a_backlog_is_deleted(
+    runner: Callable[..., JobRunner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run() -> None:
+        former = runner(denoised, job_ttl_s=60)
+        for _ in range(3):
+            await former.wait("ada", (await submitted(former)).id)
+        later = SimpleNamespace(time=lambda: time.time() + 120, time_ns=time.time_ns)
+        monkeypatch.setattr("serve.records.time", later)
+        jobs = runner(endless, job_ttl_s=60)
+        jobs.records.delete = slow = Slow(jobs.records.delete)
+        await jobs.check_health()
+        assert await asyncio.to_thread(slow.writing.wait, 5)
+        accepted = asyncio.ensure_future(submitted(jobs))
+        await asyncio.sleep(0.05)
+        # It waits for this one deletion, and none of the others.
+        first, slow.go_on = slow.go_on, threading.Event()
+        first.set()
+        await until(accepted.done)
+        slow.go_on.set()
 
     asyncio.run(run())
 
