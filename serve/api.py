@@ -6,8 +6,10 @@ import asyncio
 import logging
 import secrets
 import time
+from collections import defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import ExitStack, aclosing
+from contextlib import AbstractContextManager, ExitStack, aclosing
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -44,7 +46,7 @@ from serve.fetch import fetch
 from serve.jobs import JobRecord, Key, Order, cancelled
 from serve.keys import Keyring
 from serve.limits import Gate
-from serve.messages import Begun, Encoded, Event, Picture, Upload, Work
+from serve.messages import Begun, Encoded, Event, Picture, Upload, Work, is_news
 from serve.metrics import Snapshot, StageMetrics, exposition
 from serve.page import add_page
 from serve.pictures import PREFIX, PictureStore
@@ -65,13 +67,14 @@ from serve.schemas import (
     Model,
     ModelList,
 )
-from serve.stages import LOST, PAUSE_S, Stages
+from serve.stages import LOST, PAUSE_S, READY_S, Stages, ask_all
 
 logger = logging.getLogger("ray.serve")
 
 MAX_REFERENCES = 16
-READY_S = 2.0
-"""How long /readyz and /metrics wait for replicas."""
+FOLLOWERS = 100
+"""Calls of a tenant that an ingress replica lets wait for jobs beyond those that hold places of their own: events of a
+job, and repetitions of an Idempotency-Key. Eight such replicas leave the jobs' replica room for others."""
 
 Answer = TypeVar("Answer")
 PageLimit = Annotated[int, Query(ge=1, le=100)]
@@ -93,6 +96,8 @@ class Api:
         self.pictures = PictureStore(store, config.url_secret or secrets.token_hex(32))
         self.gate = Gate(config.max_pending_images, "pictures")
         self.uploads = Gate(config.max_pending_uploads, "uploads")
+        self.followers: defaultdict[str, Gate] = defaultdict(partial(Gate, FOLLOWERS, "calls that follow jobs"))
+        """By tenant."""
         self.metrics = StageMetrics("ingress")
         self.errors = Errors(self.metrics.rejections)
         self.started = int(time.time())
@@ -230,8 +235,11 @@ class Api:
 
     async def job_events(self, request: Request, job_id: str) -> Response:
         """What happens in a job, from its beginning, as events."""
+        followers = self.followers[request.state.tenant]
+        followers.check()
         record = await self._record(request, job_id)
-        return self._job_stream(request, record)
+        events = self._job_events(request.state.tenant, job_id, followers.enter())
+        return self._job_call(request, record).stream(None, events)
 
     async def file(self, tenant: str, name: str, expires: int = 0, signature: str = "") -> Response:
         """A picture, to whoever has its signed url."""
@@ -247,7 +255,7 @@ class Api:
     async def readyz(self) -> Response:
         """Whether pictures can be made: a diffusion replica is warm."""
         try:
-            await self.stages.describe(READY_S)
+            await self.stages.describe()
         except Exception:
             raise ApiError(503, "not_ready", "no diffusion replica is warm yet; wait") from None
         return answer(Health())
@@ -261,8 +269,7 @@ class Api:
             self.stages.encoder,
             self.stages.diffusion,
         ]
-        calls = (handle.broadcast("snapshot").results_async(timeout_s=READY_S) for handle in handles)
-        found = await asyncio.gather(*calls, return_exceptions=True)
+        found = await asyncio.gather(*(ask_all(handle, "snapshot") for handle in handles), return_exceptions=True)
         snapshots = [each for replicas in found if isinstance(replicas, list) for each in replicas]
         return Response(exposition(snapshots), media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -273,7 +280,7 @@ class Api:
     async def _described(self) -> Model:
         if self._model is None:
             try:
-                self._model = _model(self.config, self.started, await self.stages.describe(READY_S))
+                self._model = _model(self.config, self.started, await self.stages.describe())
             except TimeoutError:
                 raise ApiError(503, "not_ready", "no diffusion replica is warm yet; try again later") from None
         return self._model
@@ -354,15 +361,20 @@ class Api:
     async def _finished(
         self, request: Request, record: JobRecord, body: ImageParameters, places: ExitStack | None = None
     ) -> Response:
-        """What came of a job that this call waits for, in one answer or as events, which hold the places on."""
+        """What came of a job that this call waits for, in one answer or as events, which hold the places on.
+
+        Without places it takes one of the tenant's followers. ApiError 429 where there is none.
+        """
         tenant = request.state.tenant
         if body.stream:
-            events = self._job_events(tenant, record.id, places.pop_all() if places else ExitStack())
+            held = places.pop_all() if places else self.followers[tenant].enter()
+            events = self._job_events(tenant, record.id, held)
             begun = await anext(events)
             assert isinstance(begun, Begun)
             return self._job_call(request, record).stream(begun, events)
         deadline_s = body.deadline_s or self.config.deadline_s
-        record = await self._ask(lambda: self.jobs.wait.remote(tenant, record.id), deadline_s)
+        with places or self.followers[tenant].enter():
+            record = await self._ask(lambda: self.jobs.wait.remote(tenant, record.id), deadline_s)
         if record.error is not None:
             raise ApiError(record.error_status, record.error.code, record.error.message, record.error.param)
         if record.status == "cancelled":
@@ -422,18 +434,23 @@ class Api:
             verb="edit" if edit else "generation",
         )
 
-    def _job_stream(self, request: Request, record: JobRecord) -> Response:
-        events = self._job_events(request.state.tenant, record.id, ExitStack())
-        return self._job_call(request, record).stream(None, events)
-
-    async def _job_events(self, tenant: str, job_id: str, places: ExitStack) -> AsyncGenerator[Event, None]:
+    async def _job_events(
+        self, tenant: str, job_id: str, places: AbstractContextManager[object]
+    ) -> AsyncGenerator[Event, None]:
+        """What happens in a job, each event once, though the replica of the jobs comes and goes."""
+        told: set[tuple[object, ...]] = set()
         with places:
-            events = self.jobs.options(stream=True).events.remote(tenant, job_id)
-            try:
-                async for event in events:
-                    yield event
-            finally:
-                events.cancel()
+            while True:
+                events = self.jobs.options(stream=True).events.remote(tenant, job_id)
+                try:
+                    async for event in events:
+                        if is_news(event, told):
+                            yield event
+                    return
+                except LOST:
+                    await asyncio.sleep(PAUSE_S)
+                finally:
+                    events.cancel()
 
 
 class _Route(APIRoute):

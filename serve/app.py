@@ -45,6 +45,7 @@ def application(config: ServeConfig, scaling: AutoscalingConfig) -> Application:
         max_queued_requests=256,
         graceful_shutdown_timeout_s=DRAIN_S,
         graceful_shutdown_wait_loop_s=DRAIN_LOOK_S,
+        health_check_period_s=2.0,
         ray_actor_options={"num_cpus": 0.5},
     ).bind(config)
     diffusion = serve.deployment(
@@ -61,7 +62,9 @@ def application(config: ServeConfig, scaling: AutoscalingConfig) -> Application:
         JobRunner,
         num_replicas=1,
         max_ongoing_requests=CALLS,
-        graceful_shutdown_wait_loop_s=DRAIN_LOOK_S,
+        max_queued_requests=CALLS,
+        # Killed at once: while it drained, the next one would run the same jobs.
+        graceful_shutdown_timeout_s=0.0,
         health_check_period_s=2.0,
         ray_actor_options={"num_cpus": 0.1},
     ).bind(config, encoder, diffusion)

@@ -6,14 +6,11 @@ import re
 import time
 
 from instantbooth.storage import ObjectStore, patiently
-from serve.errors import not_found
 from serve.messages import Encoded
-from serve.records import Expiring, Records, born_at, new_id
+from serve.records import Expiring, Records, new_id
 from serve.schemas import ConceptObject
 
-BEING_ADDED_S = 3600.0
-"""Tensors younger than this may still get their record."""
-TENSORS = re.compile(r"concepts/([^/]+)/(concept_[0-9a-f]{24})\.safetensors")
+MARK = re.compile(r"expiries/(\d{12})/([^/]+)/(concept_[0-9a-f]{24})")
 
 
 class ConceptRecord(ConceptObject, Expiring):
@@ -23,8 +20,11 @@ class ConceptRecord(ConceptObject, Expiring):
 class ConceptStore:
     """Concepts of tenants in the object store: a record each, and a safetensors file beside it.
 
-    The record is written last and deleted last: what a crash leaves of a concept is still known, or is found as
-    tensors without a record.
+        concepts/<tenant>/<id>.safetensors
+        concepts/<tenant>/<id>.json             ConceptRecord
+        expiries/<unix seconds>/<tenant>/<id>   empty, and sorted by when the concept ends
+
+    The mark is written first and deleted last: whatever a crash leaves of a concept is found when its time is over.
     """
 
     def __init__(self, store: ObjectStore) -> None:
@@ -46,9 +46,13 @@ class ConceptStore:
             created_at=now,
             expires_at=now + ttl_s,
         )
-        tensors = self.records.key(tenant, record.id, "safetensors")
+        mark, tensors = _mark(tenant, record), self.records.key(tenant, record.id, "safetensors")
+        patiently(lambda: self.store.put(mark, b""))
         patiently(lambda: self.store.put(tensors, encoded.data))
         self.records.put(tenant, record)
+        if record.expired:
+            # The store took so long that the mark may be gone already.
+            self._remove(tenant, record.id, mark)
         return record
 
     def load(self, tenant: str, concept_id: str) -> tuple[bytes, int]:
@@ -59,26 +63,22 @@ class ConceptStore:
 
     def delete(self, tenant: str, concept_id: str) -> None:
         """Removes a concept. ApiError 404 where there is none."""
-        if not self.records.exists(tenant, concept_id):
-            raise not_found("concept", concept_id)
-        self._remove(tenant, concept_id)
+        self._remove(tenant, concept_id, _mark(tenant, self.records.get(tenant, concept_id)))
 
     def delete_expired(self) -> None:
-        """Removes every concept whose time is over, and tensors that a crash left without a record."""
-        for tenant, record in self.records.all():
-            if record.expired:
-                self._remove(tenant, record.id)
-        for tenant, concept_id in filter(None, map(_owner, list(self.store.list("concepts/")))):
-            if born_at(concept_id) < time.time() - BEING_ADDED_S and not self.records.exists(tenant, concept_id):
-                self._remove(tenant, concept_id)
+        """Removes every concept whose time is over; looks at no other."""
+        for mark in self.store.list("expiries/"):
+            if found := MARK.fullmatch(mark):
+                if int(found[1]) > time.time():
+                    return
+                self._remove(found[2], found[3], mark)
 
-    def _remove(self, tenant: str, concept_id: str) -> None:
+    def _remove(self, tenant: str, concept_id: str, mark: str) -> None:
         tensors = self.records.key(tenant, concept_id, "safetensors")
         patiently(lambda: self.store.delete(tensors))
         self.records.delete(tenant, concept_id)
+        patiently(lambda: self.store.delete(mark))
 
 
-def _owner(key: str) -> tuple[str, str] | None:
-    """The tenant and concept whose tensors these are; None for other objects."""
-    found = TENSORS.fullmatch(key)
-    return (found[1], found[2]) if found else None
+def _mark(tenant: str, record: ConceptRecord) -> str:
+    return f"expiries/{record.expires_at:012d}/{tenant}/{record.id}"

@@ -60,7 +60,7 @@ class ServeConfig(BaseModel):
     upload_s: float = Field(default=60.0, gt=0)
     """Seconds that the files of a call may take to arrive."""
     jobs_at_once: int = Field(default=4, ge=1)
-    """Jobs denoised at a time that nobody waits for; their tenants take turns."""
+    """Jobs that nobody waits for, denoised at a time for each diffusion replica; their tenants take turns."""
     max_jobs: int = Field(default=200, ge=1)
     """Unfinished jobs of a tenant, and as many calls with an Idempotency-Key."""
 

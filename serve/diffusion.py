@@ -50,6 +50,8 @@ class DiffusionEngine:
         )
         self.concepts = ConceptCache(ConceptStore(open_store(config.store)), self.engine.forget)
         self.metrics = StageMetrics("generate")
+        self.queued_jobs = 0
+        """U-Net rows of jobs that no replica has yet."""
         self._warm_up()
         self._stopped = Flag()
         self._sweeper = Thread(target=self._sweep, args=(config.sweep_s,), name="concept-sweeper", daemon=True)
@@ -69,9 +71,12 @@ class DiffusionEngine:
                 yield self._begun(work, requests[0], hit)
                 async for event in line.events():
                     yield event
-            finally:
+            except (asyncio.CancelledError, GeneratorExit):
                 if line.cancel():
                     self.metrics.cancellations.inc()
+                raise
+            finally:
+                line.cancel()
                 # It was this call's alone, or was deleted meanwhile.
                 if work.concept_id is None or not self.concepts.holds(work.tenant, work.concept_id):
                     self.engine.forget(concept.digest)
@@ -91,6 +96,10 @@ class DiffusionEngine:
         """A concept was deleted."""
         self.concepts.forget(tenant, concept_id)
 
+    async def expect(self, queued_jobs: int) -> None:
+        """So many U-Net rows of jobs wait for their turn."""
+        self.queued_jobs = queued_jobs
+
     async def snapshot(self) -> Snapshot:
         """This replica's metrics."""
         engine = self.engine
@@ -98,7 +107,7 @@ class DiffusionEngine:
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """What serve.scaling goes by."""
-        return {"queued_work": float(self.engine.stats().queued_work)}
+        return {"queued_work": float(self.engine.stats().queued_work), "queued_jobs": float(self.queued_jobs)}
 
     def check_health(self) -> None:
         """Serve replaces a replica whose engine broke down."""

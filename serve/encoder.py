@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
+import torch
 from PIL import Image
 from ray import serve
 
 from instantbooth import Concept
+from instantbooth.errors import EngineError
 from instantbooth.images import ImageLimits, decode_image
-from instantbooth.model.subjects import Subject
+from instantbooth.model.subjects import Subject, SubjectEncoder
 from serve.config import ServeConfig
 from serve.messages import Encoded, Upload
 from serve.metrics import Snapshot, StageMetrics
@@ -17,8 +20,29 @@ from serve.model import load_encoder, warm_up
 
 MAX_REFERENCE_SIDE = 1024
 """Encoders look at 224 px around the subject: larger photos are scaled down once, where they are decoded."""
-ENCODE_BATCH = 8
-"""Subjects encoded in one forward pass."""
+ENCODE_BATCH = 32
+"""Images encoded in one forward pass: two subjects of the most reference images, or more of fewer."""
+
+
+def count_images(subjects: Sequence[Subject]) -> int:
+    """What subjects cost together."""
+    return sum(len(subject.pixels) for subject in subjects)
+
+
+def encode_all(encoder: SubjectEncoder, subjects: Sequence[Subject]) -> list[Concept | Exception]:
+    """Their concepts; where a forward pass fails those of each half, until the one at fault fails alone.
+
+    Raises torch.AcceleratorError: after one, no call to the device succeeds in this process.
+    """
+    try:
+        return list(encoder.encode_subjects(subjects))
+    except torch.AcceleratorError:
+        raise
+    except Exception as error:
+        if len(subjects) == 1:
+            return [error]
+    half = len(subjects) // 2
+    return encode_all(encoder, subjects[:half]) + encode_all(encoder, subjects[half:])
 
 
 class ConceptEncoder:
@@ -28,22 +52,35 @@ class ConceptEncoder:
         self.encoder = load_encoder(config)
         self.limits = ImageLimits(max_bytes=config.max_image_bytes, max_pixels=config.max_image_pixels)
         self.metrics = StageMetrics("encode")
+        self.lost = False
+        """Whether the device no longer computes."""
         warm_up(self.encoder)
 
     async def encode(self, upload: Upload) -> Encoded:
-        """The concept of an upload. Raises ImageError and ParameterError."""
+        """The concept of an upload. Raises ImageError and ParameterError, EngineError where the device is lost."""
         with self.metrics.timed():
-            subject = await asyncio.to_thread(self._prepare, upload)
-            concept = await self._encode_batch(subject)
+            try:
+                subject = await asyncio.to_thread(self._prepare, upload)
+                concept = await self._encode_batch(subject)
+            except torch.AcceleratorError as error:
+                self.lost = True
+                raise EngineError("the encoder's device is lost; ask another replica") from error
+            if isinstance(concept, Exception):
+                raise concept
             return Encoded(data=concept.to_bytes(), digest=concept.digest, num_images=concept.num_images)
 
     async def snapshot(self) -> Snapshot:
         """This replica's metrics."""
         return self.metrics.snapshot()
 
-    @serve.batch(max_batch_size=ENCODE_BATCH, batch_wait_timeout_s=0.01)
-    async def _encode_batch(self, subjects: list[Subject]) -> list[Concept]:
-        return await asyncio.to_thread(self.encoder.encode_subjects, subjects)
+    def check_health(self) -> None:
+        """Serve replaces a replica whose device is lost."""
+        if self.lost:
+            raise EngineError("the encoder's device is lost; the replica must be replaced")
+
+    @serve.batch(max_batch_size=ENCODE_BATCH, batch_wait_timeout_s=0.01, batch_size_fn=count_images)
+    async def _encode_batch(self, subjects: list[Subject]) -> list[Concept | Exception]:
+        return await asyncio.to_thread(encode_all, self.encoder, subjects)
 
     def _prepare(self, upload: Upload) -> Subject:
         masks = None if upload.masks is None else self._decode("mask", upload.masks)

@@ -105,6 +105,12 @@ def of_exception(error: BaseException) -> ApiError:
         if isinstance(error, BackPressureError):
             return ApiError(429, "overloaded", "too many calls wait for a replica; try again later")
         return ApiError(503, "unavailable", "no replica can take the request now; try again later")
+    if type(error).__module__ == "torch":
+        # So is torch.
+        from torch import OutOfMemoryError
+
+        if isinstance(error, OutOfMemoryError):
+            return ApiError(503, "out_of_memory", "memory does not suffice now; ask for less, or try again later")
     return ApiError(500, "internal", "the server failed; try again, and report the request id if it fails again")
 
 

@@ -2,7 +2,7 @@
 
 One replica runs all of them and is the only writer of their records. What it accepts is in the object store before it
 says so; after a restart it goes on with whatever has no end yet. Seeds are drawn when a job is accepted, so that what
-is made again is the same.
+is made again is the same. Should a replica outlive its successor's start, the end that is written first counts.
 
 An idempotency key is a claim on a job: the first call with a key makes the job, every further one finds it.
 
@@ -18,7 +18,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
@@ -35,12 +35,12 @@ from serve.concepts import ConceptStore
 from serve.config import ServeConfig
 from serve.errors import ApiError, of_exception
 from serve.limits import Turns
-from serve.messages import Begun, Event, Picture, Step, Work
-from serve.metrics import Snapshot, StageMetrics
+from serve.messages import Begun, Event, Picture, Step, Work, is_news
+from serve.metrics import Snapshot, StageMetrics, queue_metrics
 from serve.pictures import PictureStore
 from serve.records import Expiring, Records
 from serve.schemas import ErrorObject, GenerationBody, ImageParameters
-from serve.stages import Stages
+from serve.stages import Stages, ask_all
 
 logger = logging.getLogger("ray.serve")
 
@@ -49,6 +49,8 @@ RETRIED = (429, 503)
 MAX_FAILURES = 5
 """So often is a job begun that fails with one of them; before it is begun it may be refused as often as it takes."""
 RETRY_S = 1.0
+SHARE_OUT_S = 2.0
+"""How often the diffusion replicas are counted, and told what waits."""
 FINISHED = ("succeeded", "failed", "cancelled")
 
 
@@ -91,6 +93,13 @@ class JobRecord(Expiring):
     def finished(self) -> bool:
         """Whether it has ended, one way or another."""
         return self.status in FINISHED
+
+    def unet_rows(self, defaults: Mapping[str, float]) -> int:
+        """U-Net rows of all its steps, where the weights have these defaults."""
+        body = self.body
+        steps = int(body.num_inference_steps or defaults["num_inference_steps"])
+        guidance = defaults["guidance_scale"] if body.guidance_scale is None else body.guidance_scale
+        return body.n * steps * (2 if guidance > 1 else 1)
 
     @property
     def left_s(self) -> float | None:
@@ -144,8 +153,8 @@ class _Running:
         self.tenant = tenant
         self.record = record
         self.events: list[Event] = []
-        self.steps: set[tuple[int, int, bool]] = set()
-        """Picture, step and whether it was a preview, of every Step among them."""
+        self.told: set[tuple[object, ...]] = set()
+        """Every Step among them, as is_news knows it."""
         self.task: asyncio.Task[None] | None = None
         self.over = False
         """Whether its end is in the store."""
@@ -187,6 +196,8 @@ class JobRunner:
         self._running: dict[str, _Running] = {}
         self._turns = {False: Turns(config.jobs_at_once), True: Turns(config.max_pending_images)}
         """By whether somebody waits."""
+        self._queued_rows = 0
+        self._defaults: dict[str, float] | None = None
         self._recovered: asyncio.Task[None] | None = None
         self._accepting = asyncio.Lock()
         self._kept: set[asyncio.Task[JobRecord]] = set()
@@ -267,7 +278,7 @@ class JobRunner:
 
     async def snapshot(self) -> Snapshot:
         """This replica's metrics."""
-        return self.metrics.snapshot()
+        return self.metrics.snapshot(queue_metrics(self._queued_rows))
 
     async def _recover(self) -> None:
         """Once, before anything else: goes on with what a former replica left."""
@@ -283,6 +294,7 @@ class JobRunner:
         for tenant, record in await asyncio.to_thread(lambda: list(self._unfinished())):
             self._start(tenant, record.model_copy(update={"status": "queued", "step": 0}))
         self._cleaner = asyncio.ensure_future(self._clean_up())
+        self._sharer = asyncio.ensure_future(self._share_out())
 
     def _unfinished(self) -> Iterator[tuple[str, JobRecord]]:
         for tenant, mark in self.open.all():
@@ -329,7 +341,7 @@ class JobRunner:
         record.status = "cancelled"
         running.task.cancel()
         await self._end(running)
-        return record
+        return running.record
 
     async def _accept(self, tenant: str, order: Order) -> JobRecord:
         body, waited_for = order.body, order.waited_for
@@ -434,10 +446,8 @@ class JobRunner:
                 return
             record.begun, record.steps = event, event.parameters.num_inference_steps * record.body.n
         elif isinstance(event, Step):
-            step = (event.image_index, event.step, event.preview is not None)
-            if step in running.steps:
+            if not is_news(event, running.told):
                 return
-            running.steps.add(step)
             record.step += event.preview is None
         elif any(event.image_index == each.image_index for each in record.pictures):
             return
@@ -452,11 +462,19 @@ class JobRunner:
         record = running.record
         record.seconds = time.time() - record.created_at
         record.pictures.sort(key=lambda each: each.image_index)
-        await self._stored(running, partial(self.records.put, running.tenant, record))
+        await self._stored(running, partial(self._write_end, running))
         await self._stored(running, partial(self._forget, running.tenant, record.id))
         self._running.pop(record.id, None)
         running.over = True
         running.tell()
+
+    def _write_end(self, running: _Running) -> None:
+        """Writes the record, or takes over the end that another replica has written."""
+        known = self.records.find(running.tenant, running.record.id)
+        if known is not None and known.finished:
+            running.record = known
+        else:
+            self.records.put(running.tenant, running.record)
 
     async def _stored(self, running: _Running, write: Callable[[], None]) -> None:
         """Writes, however long the store takes to come back: until then the job is not over."""
@@ -467,26 +485,40 @@ class JobRunner:
                 logger.warning("job %s cannot be written now: %s", running.record.id, error)
                 await asyncio.sleep(RETRY_S)
 
+    async def _share_out(self) -> None:
+        """Tells the diffusion replicas what waits, again and again, and makes room for jobs on each that hears."""
+        while True:
+            try:
+                if self._defaults is None:
+                    self._defaults = (await self.stages.describe())["defaults"]
+                waiting = [each.record for each in self._running.values() if each.record.status == "queued"]
+                self._queued_rows = sum(record.unet_rows(self._defaults) for record in waiting)
+                replicas = await ask_all(self.stages.diffusion, "expect", self._queued_rows)
+                self._turns[False].resize(self.config.jobs_at_once * max(1, len(replicas)))
+            except Exception as error:
+                logger.warning("the diffusion replicas do not hear what waits: %s", type(error).__name__)
+            await asyncio.sleep(SHARE_OUT_S)
+
     async def _clean_up(self) -> None:
         """Deletes what has expired, again and again."""
         while True:
             try:
                 await asyncio.to_thread(self.concepts.delete_expired)
                 ended = await asyncio.to_thread(lambda: list(self.records.expired(self.config.job_ttl_s)))
-                async with self._accepting:
-                    await asyncio.to_thread(self._delete, ended)
+                for tenant, job in ended:
+                    async with self._accepting:
+                        await asyncio.to_thread(self._delete, tenant, job)
                 ages = {"file": self.config.url_ttl_s, "job": self.config.job_ttl_s}
                 await asyncio.to_thread(self.pictures.delete_older, ages)
             except Exception as error:
                 logger.warning("the expired cannot be deleted now: %s", error)
             await asyncio.sleep(self.config.clean_up_s)
 
-    def _delete(self, ended: list[tuple[str, JobRecord]]) -> None:
-        for tenant, job in ended:
-            if job.claim_id is not None:
-                # Not where the key was used again since.
-                self.claims.delete_if_expired(tenant, job.claim_id)
-            self.records.delete(tenant, job.id)
+    def _delete(self, tenant: str, job: JobRecord) -> None:
+        if job.claim_id is not None:
+            # Not where the key was used again since.
+            self.claims.delete_if_expired(tenant, job.claim_id)
+        self.records.delete(tenant, job.id)
 
 
 def cancelled(job_id: str) -> ApiError:

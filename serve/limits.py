@@ -52,9 +52,17 @@ class Turns:
     """A number of places. Whoever finds none waits, and tenants who wait take turns, however long their queues."""
 
     def __init__(self, places: int) -> None:
+        self._places = places
         self._free = places
+        """Below zero where there are fewer places than were taken."""
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
         """Tenants in the order of their turns."""
+
+    def resize(self, places: int) -> None:
+        """Changes the number of places; whoever has one keeps it."""
+        self._free += places - self._places
+        self._places = places
+        self._hand_out()
 
     @asynccontextmanager
     async def enter(self, tenant: str) -> AsyncIterator[None]:
@@ -66,7 +74,7 @@ class Turns:
             self._give()
 
     async def _take(self, tenant: str) -> None:
-        if self._free:
+        if self._free > 0:
             self._free -= 1
             return
         turn = asyncio.get_running_loop().create_future()
@@ -79,14 +87,17 @@ class Turns:
             raise
 
     def _give(self) -> None:
-        """Hands a place to the next tenant's first that still waits."""
-        while self._waiting:
+        self._free += 1
+        self._hand_out()
+
+    def _hand_out(self) -> None:
+        """Gives free places to the tenants in turn, to the first of each that still waits."""
+        while self._free > 0 and self._waiting:
             tenant = next(iter(self._waiting))
             queue = self._waiting.pop(tenant)
             turn = queue.popleft()
             if queue:
                 self._waiting[tenant] = queue
             if not turn.done():
+                self._free -= 1
                 turn.set_result(None)
-                return
-        self._free += 1

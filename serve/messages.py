@@ -128,3 +128,21 @@ class Picture:
 
 
 Event = Begun | Step | Picture
+
+
+def is_news(event: Event, told: set[tuple[object, ...]]) -> bool:
+    """Whether an event tells more than `told`, which grows by it: a replica that begins again repeats what was told.
+
+    Nothing of a picture is news once the picture is there.
+    """
+    match event:
+        case Begun():
+            what: tuple[object, ...] = ()
+        case Picture():
+            what = (event.image_index,)
+        case Step():
+            what = (event.image_index, event.step, event.preview is not None)
+    if what in told or what[:1] in told:
+        return False
+    told.add(what)
+    return True

@@ -54,12 +54,12 @@ class StageMetrics:
 
 def engine_metrics(stats: EngineStats, row_budget: int, cached_bytes: int) -> list[Metric]:
     """An engine's own counts."""
-    requests = GaugeMetricFamily(
-        "instantbooth_requests", "Pictures waiting and running, by size", labels=["state", "size"]
+    held = GaugeMetricFamily(
+        "instantbooth_held_rows", "U-Net rows in a step of what waits and runs, by size", labels=["state", "size"]
     )
     for state, sizes in (("waiting", stats.waiting), ("running", stats.running)):
-        for (height, width), count in sizes.items():
-            requests.add_metric([state, f"{width}x{height}"], count)
+        for (height, width), rows in sizes.items():
+            held.add_metric([state, f"{width}x{height}"], rows)
     ended = CounterMetricFamily("instantbooth_requests_ended", "Pictures by how they ended", labels=["how"])
     for how, count in stats.ended.items():
         ended.add_metric([how], count)
@@ -71,22 +71,29 @@ def engine_metrics(stats: EngineStats, row_budget: int, cached_bytes: int) -> li
     gauges = {
         "instantbooth_queued_work_rows": ("U-Net rows still to compute", stats.queued_work),
         "instantbooth_undecoded": ("Finished latents that wait for the VAE", stats.undecoded),
-        "instantbooth_row_budget": ("U-Net rows that may share a step", row_budget),
+        "instantbooth_row_budget": ("U-Net rows of the model's own size that may share a step", row_budget),
         "instantbooth_concept_cache_bytes": ("Keys and values held", cached_bytes),
     }
     counters = {
         "instantbooth_steps": ("U-Net forward passes", stats.steps),
-        "instantbooth_rows": ("U-Net rows of requests in them; over steps and row budget: occupancy", stats.rows),
+        "instantbooth_rows": ("U-Net rows of requests in them; over those offered: occupancy", stats.rows),
+        "instantbooth_offered_rows": ("U-Net rows there was room for in them", stats.offered_rows),
         "instantbooth_padded_rows": ("U-Net rows in them that filled a shape up: waste", stats.padded_rows),
         "instantbooth_step_seconds": ("Time in them; over steps: step time", stats.step_seconds),
     }
     return [
-        requests,
+        held,
         ended,
         lookups,
         *(GaugeMetricFamily(name, text, value=value) for name, (text, value) in gauges.items()),
         *(CounterMetricFamily(name, text, value=value) for name, (text, value) in counters.items()),
     ]
+
+
+def queue_metrics(queued_rows: int) -> list[Metric]:
+    """What the jobs' replica counts beside its stage."""
+    text = "U-Net rows of jobs that wait for their turn"
+    return [GaugeMetricFamily("instantbooth_queued_jobs_rows", text, value=queued_rows)]
 
 
 def exposition(snapshots: Iterable[Snapshot]) -> bytes:

@@ -63,17 +63,6 @@ class Records(Generic[Record]):
         key, data = self.key(tenant, record.id), record.model_dump_json().encode()
         patiently(lambda: self.store.put(key, data))
 
-    def add(self, tenant: str, record: Record) -> bool:
-        """Writes a record unless there is one that has not expired; of many writers exactly one is told True."""
-        key, data = self.key(tenant, record.id), record.model_dump_json().encode()
-        if patiently(lambda: self.store.put_if_absent(key, data)):
-            return True
-        existing = self._read(key)
-        if existing is None or existing.expired:
-            self.delete(tenant, record.id)
-            return patiently(lambda: self.store.put_if_absent(key, data))
-        return False
-
     def get(self, tenant: str, record_id: str) -> Record:
         """A record. ApiError 404 where there is none."""
         record = self.find(tenant, record_id)

@@ -17,6 +17,8 @@ BUSIEST = 1.25
 class QueuedWorkPolicy:
     """As many replicas as it takes for each to have `rows_per_replica` U-Net rows still to compute.
 
+    Jobs that wait for their turn count too.
+
     A picture of 50 guided steps weighs ten times one of 10 steps without guidance, which counting requests would not
     see.
     """
@@ -26,7 +28,9 @@ class QueuedWorkPolicy:
 
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
         """The number of replicas wanted now; Serve keeps it within bounds and waits for its delays."""
-        work = sum((context.aggregated_metrics or {}).get("queued_work", {}).values())
+        told = context.aggregated_metrics or {}
+        # Each replica knows its own work, and all know the same of the jobs before them.
+        work = sum(told.get("queued_work", {}).values()) + max(told.get("queued_jobs", {}).values(), default=0.0)
         return max(1, math.ceil(work / self.rows_per_replica)), {}
 
 

@@ -20,8 +20,17 @@ LOST = (RayActorError, WorkerCrashedError)
 MAX_LOSSES = 8
 """Replicas lost on one call with no picture between, after which it fails: it may be what ends them."""
 PAUSE_S = 0.25
+READY_S = 2.0
+"""How long replicas may take to answer what they know without work."""
 GRACE_S = 2.0
 """How much longer than the deadline a caller waits for a replica to say that it passed."""
+
+
+async def ask_all(handle: DeploymentHandle, method: str, *arguments: object) -> list[Any]:
+    """The answers of all replicas but those that fail. Raises TimeoutError, and Ray's own where none is there."""
+    broadcast = handle.broadcast(method, *arguments)
+    answers = await broadcast.results_async(timeout_s=READY_S, return_exceptions=True)
+    return [answer for answer in answers if not isinstance(answer, BaseException)]
 
 
 class Stages:
@@ -92,8 +101,8 @@ class Stages:
             if not finished:
                 response.cancel()
 
-    async def describe(self, timeout_s: float) -> dict[str, Any]:
+    async def describe(self) -> dict[str, Any]:
         """The model. Raises TimeoutError where no replica is ready."""
-        async with asyncio.timeout(timeout_s):
+        async with asyncio.timeout(READY_S):
             described: dict[str, Any] = await self.diffusion.describe.remote()
             return described

@@ -142,7 +142,8 @@ def _driven(options: AutoscalingBenchmark, url: str) -> tuple[list[Look], list[A
 
     def watch() -> None:
         while not over.wait(LOOK_S):
-            with suppress(requests.Timeout):
+            # A busy endpoint may not answer; whatever else goes wrong ends the benchmark.
+            with suppress(requests.RequestException):
                 looks.append(_look(url, started))
 
     def ask(second: float, seed: int) -> Answer:
@@ -150,23 +151,25 @@ def _driven(options: AutoscalingBenchmark, url: str) -> tuple[list[Look], list[A
         answer = requests.post(f"{url}/v1/images/generations", json=call, timeout=700)
         return Answer(second=second, waited=time.monotonic() - started - second, status=answer.status_code)
 
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    with ThreadPoolExecutor(MAX_WAITING) as callers:
-        asked = []
-        for seed, second in enumerate(options.arrivals()):
-            time.sleep(max(0.0, started + second - time.monotonic()))
-            asked.append(callers.submit(ask, second, seed))
-        answers = [each.result() for each in asked]
-    time.sleep(max(0.0, started + options.seconds - time.monotonic()))
-    over.set()
-    watcher.join()
+    with ThreadPoolExecutor(MAX_WAITING + 1) as callers:
+        watching = callers.submit(watch)
+        try:
+            asked = []
+            for seed, second in enumerate(options.arrivals()):
+                time.sleep(max(0.0, started + second - time.monotonic()))
+                asked.append(callers.submit(ask, second, seed))
+            answers = [each.result() for each in asked]
+            time.sleep(max(0.0, started + options.seconds - time.monotonic()))
+        finally:
+            over.set()
+    watching.result()
     return looks, answers
 
 
 def _look(url: str, started: float) -> Look:
-    page = requests.get(f"{url}/metrics", timeout=30).text
-    samples = {family.name: family.samples for family in text_string_to_metric_families(page)}
+    page = requests.get(f"{url}/metrics", timeout=30)
+    page.raise_for_status()
+    samples = {family.name: family.samples for family in text_string_to_metric_families(page.text)}
     return Look(
         second=time.monotonic() - started,
         replicas=len(samples.get("instantbooth_row_budget", [])),

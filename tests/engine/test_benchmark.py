@@ -6,6 +6,7 @@ import json
 import time
 from concurrent.futures import Future
 from threading import Timer
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from instantbooth.engine.concepts import KeysValuesCache
 from instantbooth.engine.knee import measure_steps
 from instantbooth.model.personalizer import Request
 from jobs.benchmarks.arrivals import Picture, poisson, replay
-from jobs.benchmarks.engine import REQUEST_LEVEL, goals_of
+from jobs.benchmarks.engine import REQUEST_LEVEL, STEP_LEVEL, _identical, goals_of
 from jobs.benchmarks.engine_peak import against_one_request, flops_of_step, share_of_peak
 from jobs.benchmarks.fixed_batches import FixedBatches
 from jobs.benchmarks.goals import at_least, at_most, conclude
@@ -100,6 +101,21 @@ def test_the_knee_is_compared_with_one_request_and_with_the_peak(booth: Personal
     known = share_of_peak(booth, {4: 1e-3}, 4, "NVIDIA H100 80GB HBM3")
     assert known["share_of_peak"] == pytest.approx(flops[1] / 1e-3 / 989e12, abs=0.001)
     assert "share_of_peak" not in share_of_peak(booth, seconds, 4, "a processor")
+
+
+def test_the_engine_is_compared_with_the_best_of_several_static_batches(
+    booth: Personalizer, requests: list[Request]
+) -> None:
+    workload = SimpleNamespace(identical=lambda count, steps: [requests[0]] * count)
+    options = SimpleNamespace(min_steps=2, max_steps=2, repeats=1)
+    curve = {1: 1.0, 2: 1.0, 4: 1.0, 8: 1.0}
+    result = _identical(booth, workload, curve, options)  # type: ignore[arg-type]
+    rates = result["images_per_second"]
+    static = {name: rate for name, rate in rates.items() if name != STEP_LEVEL}  # type: ignore[attr-defined]
+    assert list(static) == ["static batch of 1", "static batch of 2", "static batch of 4"]
+    best = max(static, key=static.__getitem__)
+    assert best == f"static batch of {result['requests_in_best_static_batch']}"
+    assert result["step_level_over_best_static_batch"] == pytest.approx(rates[STEP_LEVEL] / static[best], abs=0.01)
 
 
 def test_the_engine_is_held_to_its_goals() -> None:

@@ -156,6 +156,7 @@ def test_an_earlier_deadline_goes_first_and_the_other_keeps_its_steps(
 def test_cancelling_frees_the_row_within_a_step(booth: Personalizer, concepts: list[Concept], engine: Engine) -> None:
     ticket = engine.submit(request(booth, concepts[0], num_inference_steps=LONG))
     wait_until(lambda: ticket.row is not None and ticket.row.step >= 2)
+    assert engine.stats().running == {(32, 32): 2}
     assert ticket.cancel()
     assert ticket.row is not None
     reached = ticket.row.step
@@ -239,7 +240,7 @@ def test_small_pictures_do_not_bring_more_rows_than_memory_was_measured_for(
         for ticket in [engine.submit(small) for _ in range(12)]:
             ticket.result(20)
         stats = engine.stats()
-        assert stats.rows <= 4 * stats.steps
+        assert stats.rows <= stats.offered_rows == 4 * stats.steps
 
 
 def test_joining_and_cancelling_wait_at_most_for_the_step_in_progress(
@@ -251,11 +252,14 @@ def test_joining_and_cancelling_wait_at_most_for_the_step_in_progress(
 
 
 def test_progress_and_previews_arrive_in_order(booth: Personalizer, concepts: list[Concept], engine: Engine) -> None:
-    ticket = engine.submit(request(booth, concepts[0], num_inference_steps=12), previews=2)
+    ticket = engine.submit(request(booth, concepts[0], num_inference_steps=60), previews=2)
     updates = list(ticket.updates())
     steps = [update.step for update in updates if update.preview is None]
-    assert steps == list(range(1, 13))
-    assert {update.step for update in updates if update.preview} <= {4, 8}
+    assert steps == list(range(1, 61))
+    previews = {update.step: update.preview for update in updates if update.preview}
+    assert list(previews) == [20, 40]
+    assert all(preview.size == (32, 32) for preview in previews.values())
+    assert previews[20].tobytes() != previews[40].tobytes()
     assert ticket.result(0).size == (32, 32)
 
 
@@ -344,6 +348,17 @@ def test_a_step_that_does_not_fit_into_memory_is_taken_in_parts(booth: Personali
         assert engine.stats().ended == {"finished": 4}
     for seed, picture in enumerate(pictures):
         assert abs(picture - np.asarray(_alone(booth, concepts[0], seed), int)).max() <= 1
+
+
+def test_a_request_that_does_not_fit_into_memory_alone_costs_the_others_no_room(
+    booth: Personalizer, concepts: list[Concept], engine: Engine
+) -> None:
+    def never(rows: int) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    with before(booth.base.unet, never), pytest.raises(torch.OutOfMemoryError):
+        engine.submit(request(booth, concepts[0])).result(20)
+    assert engine.row_budget == SMALL.row_budget
 
 
 def test_rows_that_did_not_fit_into_memory_once_are_tried_again_later(

@@ -14,7 +14,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from instantbooth.engine import EngineStats
-from serve.metrics import StageMetrics, engine_metrics, exposition
+from serve.metrics import StageMetrics, engine_metrics, exposition, queue_metrics
 
 DASHBOARD = json.loads((Path(__file__).parent.parent.parent / "infra" / "grafana.json").read_text())
 PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
@@ -28,7 +28,8 @@ def exported() -> dict[str, tuple[str, str, dict[str, set[str]]]]:
     stages = [StageMetrics(stage) for stage in ("ingress", "encode", "generate", "job")]
     stages[0].rejections.labels("overloaded").inc()
     counts = EngineStats(waiting={(64, 64): 1}, running={(64, 64): 2}, ended={"finished": 3})
-    snapshots = [stage.snapshot(engine_metrics(counts, 8, 1) if stage is stages[2] else ()) for stage in stages]
+    own = ([], [], engine_metrics(counts, 8, 1), queue_metrics(1))
+    snapshots = [stage.snapshot(more) for stage, more in zip(stages, own, strict=True)]
     samples: dict[str, tuple[str, str, dict[str, set[str]]]] = {}
     for family in text_string_to_metric_families(exposition(snapshots).decode()):
         for sample in family.samples:

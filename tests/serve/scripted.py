@@ -51,6 +51,7 @@ class Diffusion:
     def __init__(self, *scripts: Script) -> None:
         self.scripts = list(scripts)
         self.works: list[Work] = []
+        self.queued_jobs = 0
 
     async def generate(self, work: Work) -> AsyncIterator[Event]:
         self.works.append(work)
@@ -62,15 +63,25 @@ class Diffusion:
         defaults = PARAMETERS.model_dump()
         return {"weights": "", "image_size": 32, "size_step": 8, "max_prompt_tokens": 75, "defaults": defaults}
 
+    async def expect(self, queued_jobs: int) -> None:
+        self.queued_jobs = queued_jobs
+
 
 class Local:
-    """Serve's handle of a deployment."""
+    """Serve's handle of a deployment; all its replicas are one and the same."""
 
-    def __init__(self, deployment: Any) -> None:
+    def __init__(self, deployment: Any, replicas: int = 1) -> None:
         self.deployment = deployment
+        self.replicas = replicas
 
     def options(self, *, stream: bool) -> Local:
         return self
+
+    def broadcast(self, name: str, *arguments: Any) -> Any:
+        async def results_async(**_: Any) -> list[Any]:
+            return [await getattr(self.deployment, name)(*arguments) for _ in range(self.replicas)]
+
+        return SimpleNamespace(results_async=results_async)
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self.deployment, name)

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from threading import Event
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,7 +21,7 @@ from serve.config import ServeConfig
 from serve.diffusion import DiffusionEngine
 from serve.errors import ApiError
 from serve.messages import Step, Work
-from serve.records import new_id
+from tests.engine.test_engine import before
 from tests.serve.works import a_work, stored
 from tests.tiny import portrait
 
@@ -26,20 +31,26 @@ def concepts(booth: Personalizer) -> list[Concept]:
     return [booth.encode([image], "person", [mask]) for image, mask in map(portrait, range(2))]
 
 
-def test_nothing_is_left_of_concepts_that_expired_or_that_a_crash_left(concepts: list[Concept], tmp_path: Path) -> None:
+def test_nothing_is_left_of_concepts_that_expired_or_that_a_crash_left(
+    concepts: list[Concept], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = ConceptStore(FileStore(tmp_path))
-    kept, being_added = stored(store, concepts[0]), new_id("concept")
-    stored(store, concepts[1], ttl_s=0)
-    for orphan in (f"concept_{0:024x}", being_added):
-        store.store.put(store.records.key("ada", orphan, "safetensors"), b"tensors")
+    kept, expired, crashed = (stored(store, concepts[0], ttl_s=seconds) for seconds in (90, 30, 30))
+    store.store.delete(store.records.key("ada", crashed))
+    (mark,) = store.store.list("expiries/" + str(store.records.get("ada", kept).expires_at).zfill(12))
+    left = {f"concepts/ada/{kept}.json", f"concepts/ada/{kept}.safetensors", mark, "concepts/readme.txt"}
     store.store.put("concepts/readme.txt", b"somebody's")
+    assert {expired, crashed} < {Path(key).stem for key in store.store.list("concepts/")}
+    monkeypatch.setattr("serve.concepts.time", SimpleNamespace(time=lambda: time.time() + 60))
+    store.records._read = None  # Whatever the number of concepts: no record is looked at.
     store.delete_expired()
-    assert set(store.store.list()) == {
-        f"concepts/ada/{kept}.json",
-        f"concepts/ada/{kept}.safetensors",
-        f"concepts/ada/{being_added}.safetensors",
-        "concepts/readme.txt",
-    }
+    assert set(store.store.list()) == left
+
+
+def test_what_expired_while_it_was_written_is_gone(concepts: list[Concept], tmp_path: Path) -> None:
+    store = ConceptStore(FileStore(tmp_path))
+    stored(store, concepts[0], ttl_s=0)
+    assert list(store.store.list()) == []
 
 
 @pytest.mark.parametrize("suffix", ["json", "safetensors"])
@@ -76,12 +87,16 @@ def test_a_concept_that_is_pushed_out_leaves_the_caches_behind_too(concepts: lis
     assert (cache.holds("ada", first), cache.holds("ada", second)) == (False, True)
 
 
-def test_keys_and_values_leave_the_replica_with_their_concept(
-    booth: Personalizer, concepts: list[Concept], tiny: Path, tmp_path: Path
-) -> None:
+@pytest.fixture
+def stage(booth: Personalizer, tiny: Path, tmp_path: Path) -> Iterator[DiffusionEngine]:
     booth.save_weights(tmp_path / "weights")
     model = {"base": str(tiny / "base"), "image_encoder": str(tiny / "clip"), "weights": str(tmp_path / "weights")}
-    stage = DiffusionEngine(ServeConfig(**model, store=str(tmp_path / "store"), row_budget=4))
+    stage = DiffusionEngine(ServeConfig(**model, store=str(tmp_path / "store"), row_budget=2))
+    yield stage
+    stage.engine.close()
+
+
+def test_keys_and_values_leave_the_replica_with_their_concept(stage: DiffusionEngine, concepts: list[Concept]) -> None:
     cached = stage.engine.concepts
     before, store = cached.bytes, stage.concepts.store
 
@@ -95,11 +110,39 @@ def test_keys_and_values_leave_the_replica_with_their_concept(
                     await stage.forget("ada", delete)
         return held
 
-    try:
-        assert asyncio.run(make(a_work(concept=concepts[0].to_bytes()))) > before
-        assert cached.bytes == before
-        concept_id = stored(store, concepts[1])
-        assert asyncio.run(make(a_work(concept_id=concept_id), delete=concept_id)) > before
-        assert cached.bytes == before
-    finally:
-        stage.engine.close()
+    assert asyncio.run(make(a_work(concept=concepts[0].to_bytes()))) > before
+    assert cached.bytes == before
+    concept_id = stored(store, concepts[1])
+    assert asyncio.run(make(a_work(concept_id=concept_id), delete=concept_id)) > before
+    assert cached.bytes == before
+
+
+def test_a_failure_is_no_cancellation_and_a_caller_who_leaves_is(
+    stage: DiffusionEngine, concepts: list[Concept]
+) -> None:
+    work = a_work(concept=concepts[0].to_bytes())
+    work = replace(work, n=2, parameters=work.parameters | {"num_inference_steps": 200})
+    failed = Event()
+
+    def fail_once(rows: int) -> None:
+        if not failed.is_set():
+            failed.set()
+            raise ValueError("the first picture fails while the second waits")
+
+    def counted() -> float:
+        return stage.metrics.cancellations._value.get()
+
+    async def fail() -> None:
+        async for _ in stage.generate(work):
+            pass
+
+    async def leave() -> None:
+        events = stage.generate(work)
+        await anext(events)
+        await events.aclose()
+
+    with before(stage.booth.base.unet, fail_once), pytest.raises(ValueError, match="fails"):
+        asyncio.run(fail())
+    assert counted() == 0
+    asyncio.run(leave())
+    assert counted() == 1

@@ -10,13 +10,14 @@ from typing import Any
 
 import httpx2 as httpx
 import pytest
+from ray.exceptions import RayActorError
 
 from serve.api import Api, build_app
 from serve.config import ServeConfig
 from serve.jobs import JobRunner
 from serve.keys import LOCAL
-from serve.messages import Encoded, Event, Upload, Work
-from tests.serve.scripted import BEGUN, Diffusion, Local, Script, denoised, endless
+from serve.messages import Encoded, Event, Picture, Upload, Work
+from tests.serve.scripted import BEGUN, STEPS, Diffusion, Local, Script, denoised, endless
 
 CONCEPT = Encoded(data=b"tensors", digest="", num_images=1)
 GENERATIONS, EDITS, JOBS = (f"/v1/images/{name}" for name in ("generations", "edits", "jobs"))
@@ -118,6 +119,67 @@ def test_a_stream_with_a_key_takes_places_until_its_client_leaves(run: Callable[
         await until(lambda: endpoint.api.gate.taken == 0)
 
     run(test, endless, max_pending_images=2)
+
+
+def test_a_tenant_has_so_many_calls_that_follow_jobs_and_no_more(
+    run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve.api.FOLLOWERS", 2)
+
+    async def test(endpoint: Endpoint) -> None:
+        first = asyncio.ensure_future(endpoint.post(GENERATIONS, "k"))
+        await until(lambda: bool(endpoint.diffusion.works))
+        (job,) = (await endpoint.client.get(JOBS)).json()["data"]
+        events = f"{JOBS}/{job['id']}/events"
+        following = [
+            asyncio.ensure_future(each) for each in (endpoint.post(GENERATIONS, "k"), endpoint.client.get(events))
+        ]
+        await until(lambda: endpoint.api.followers[LOCAL].taken == 2)
+        for refused in (endpoint.post(GENERATIONS, "k"), endpoint.client.get(events)):
+            answer = await refused
+            assert (answer.status_code, answer.json()["error"]["code"]) == (429, "overloaded")
+        assert not endpoint.api.followers["bob"].taken
+        for each in following:
+            each.cancel()
+        await until(lambda: endpoint.api.followers[LOCAL].taken == 0)
+        assert not first.done()
+        first.cancel()
+
+    run(test, endless)
+
+
+def test_the_events_of_a_job_go_on_where_the_replica_of_the_jobs_was_lost(run: Callable[..., None]) -> None:
+    reopened = asyncio.Event()
+
+    async def held(work: Work) -> AsyncIterator[Event]:
+        async for event in denoised(work):
+            if isinstance(event, Picture):
+                await reopened.wait()
+            yield event
+
+    async def test(endpoint: Endpoint) -> None:
+        events = endpoint.jobs.events
+        opened = 0
+
+        async def lost_once(*job: str) -> AsyncIterator[Event]:
+            nonlocal opened
+            opened += 1
+            told = 0
+            async for event in events(*job):
+                yield event
+                told += 1
+                if opened == 1 and told == 3:
+                    raise RayActorError
+                if opened == 2:
+                    reopened.set()
+
+        endpoint.jobs.events = lost_once
+        streamed = (await endpoint.post(GENERATIONS, "k", stream=True)).text
+        assert opened == 2
+        names = [line.rpartition(".")[2] for line in streamed.splitlines() if line.startswith("event:")]
+        assert names == ["progress"] * STEPS + ["completed"]
+
+    run(test, held)
 
 
 def test_an_edit_with_a_key_is_made_once(run: Callable[..., None], tmp_path: Path) -> None:

@@ -10,11 +10,12 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from instantbooth.errors import EngineError, OverloadedError
+from instantbooth.errors import EngineError, MissingObjectError, OverloadedError
 from serve.bodies import EditForm
 from serve.config import ServeConfig
 from serve.errors import ApiError
@@ -95,6 +96,33 @@ def test_who_waits_for_an_answer_does_not_wait_for_a_strangers_jobs(runner: Call
         await again.check_health()
         recovered = await again.get("bob", asked.id)
         await until(lambda: recovered.status == "running")
+
+    asyncio.run(run())
+
+
+def test_jobs_are_let_in_by_the_number_of_replicas_which_hear_what_waits(
+    runner: Callable[..., JobRunner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve.jobs.SHARE_OUT_S", 0.01)
+
+    async def run() -> None:
+        jobs = runner(endless, jobs_at_once=2)
+        diffusion = jobs.stages.diffusion
+        # Three steps without guidance by the weights' own defaults, or twice that.
+        batch = [await submitted(jobs, n=2, guidance_scale=7 if number == 6 else None) for number in range(7)]
+        await until(lambda: diffusion.deployment.queued_jobs == 4 * 2 * STEPS + 2 * 2 * STEPS)
+        diffusion.replicas = 3
+        await until(lambda: sum(job.status == "running" for job in batch) == 6)
+        await until(lambda: diffusion.deployment.queued_jobs == 2 * 2 * STEPS)
+        # Those that run beyond the two of a single replica end before another begins.
+        turns, diffusion.replicas = jobs._turns[False], 1
+        await until(lambda: turns._free == -4)
+        for job in batch[:4]:
+            await jobs.cancel("ada", job.id)
+        await until(lambda: turns._free == 0)
+        assert batch[6].status == "queued"
+        await jobs.cancel("ada", batch[4].id)
+        await until(lambda: batch[6].status == "running")
 
     asyncio.run(run())
 
@@ -283,6 +311,25 @@ def test_a_replica_that_starts_reads_what_is_unfinished_and_nothing_else(
     asyncio.run(run())
 
 
+def test_of_two_replicas_the_first_to_end_a_job_is_right(runner: Callable[..., JobRunner]) -> None:
+    async def run() -> None:
+        overtaken = asyncio.Event()
+
+        async def loses_its_concept(work: Work) -> AsyncIterator[Event]:
+            yield BEGUN
+            await overtaken.wait()
+            raise MissingObjectError("there is no object")
+
+        former = runner(loses_its_concept)
+        job = await submitted(former)
+        assert (await runner(denoised).wait("ada", job.id)).status == "succeeded"
+        overtaken.set()
+        assert (await former.wait("ada", job.id)).status == "succeeded"
+        assert (await runner(denoised).get("ada", job.id)).pictures
+
+    asyncio.run(run())
+
+
 def test_what_has_expired_is_deleted_and_a_key_used_again_is_not(
     runner: Callable[..., JobRunner], tmp_path: Path
 ) -> None:
@@ -297,8 +344,32 @@ def test_what_has_expired_is_deleted_and_a_key_used_again_is_not(
                 await jobs.get("ada", job.id)
         # The clean-up of a job finds its key claimed by a newer one.
         old = await jobs.wait("ada", (await submitted(jobs, key="again")).id)
-        jobs._delete([("ada", old)])
+        jobs._delete("ada", old)
         assert [*tmp_path.glob("claims/ada/*")]
+
+    asyncio.run(run())
+
+
+def test_jobs_are_accepted_while_a_backlog_is_deleted(
+    runner: Callable[..., JobRunner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run() -> None:
+        former = runner(denoised, job_ttl_s=60)
+        for _ in range(3):
+            await former.wait("ada", (await submitted(former)).id)
+        later = SimpleNamespace(time=lambda: time.time() + 120, time_ns=time.time_ns)
+        monkeypatch.setattr("serve.records.time", later)
+        jobs = runner(endless, job_ttl_s=60)
+        jobs.records.delete = slow = Slow(jobs.records.delete)
+        await jobs.check_health()
+        assert await asyncio.to_thread(slow.writing.wait, 5)
+        accepted = asyncio.ensure_future(submitted(jobs))
+        await asyncio.sleep(0.05)
+        # It waits for this one deletion, and none of the others.
+        first, slow.go_on = slow.go_on, threading.Event()
+        first.set()
+        await until(accepted.done)
+        slow.go_on.set()
 
     asyncio.run(run())
 

@@ -363,6 +363,8 @@ def test_a_phone_shows_all_of_it_without_scrolling_sideways(
         shoot(page, f"phone-{scheme}-1")
         page.locator("#settings > summary").click()
         fits(page)
+        assert page.evaluate(BEHIND_THE_BAR) == []
+        assert page.evaluate(SMALLEST_TEXT) >= 16, "Safari on iOS zooms in on less"
         slide(page, "Steps", 8)
         slide(page, "Pictures", 1)
         create(page)
@@ -373,6 +375,24 @@ def test_a_phone_shows_all_of_it_without_scrolling_sideways(
         fits(page)
         shoot(page, f"phone-{scheme}-3")
         assert page.locator(".frame img").evaluate("image => getComputedStyle(image).animationName") == "none"
+
+
+BEHIND_THE_BAR = """() => {
+    const bar = document.querySelector(".go");
+    const covered = [];
+    for (const each of document.querySelectorAll("main :is(input, select, textarea, button, summary)")) {
+        each.focus();
+        if (document.activeElement !== each || bar.contains(each)) continue;
+        if (each.getBoundingClientRect().bottom > bar.getBoundingClientRect().top) covered.push(each.outerHTML);
+    }
+    return covered;
+}"""
+"""Controls that the bar covers while they have the focus."""
+SMALLEST_TEXT = """() => {
+    const fields = [...document.querySelectorAll("input, select, textarea")];
+    return Math.min(...fields.map((each) => parseFloat(getComputedStyle(each).fontSize)));
+}"""
+"""Pixels, of all fields."""
 
 
 def fits(page: Page) -> None:

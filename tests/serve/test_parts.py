@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from pydantic import ValidationError
+from ray.serve import Application
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID
 from ray.serve.exceptions import BackPressureError
 from starlette.responses import Response
@@ -29,7 +30,7 @@ from instantbooth.errors import (
     StorageError,
 )
 from instantbooth.storage import FileStore
-from serve.app import CALLS_BESIDE
+from serve.app import CALLS_BESIDE, build
 from serve.config import ServeConfig
 from serve.errors import ApiError, of_exception
 from serve.keys import Keyring, check_local, new_key
@@ -91,6 +92,7 @@ def test_a_full_gate_says_when_to_come_back() -> None:
         (PictureError("not finite"), 500),
         (EngineError("the engine broke down: secret"), 503),
         (TimeoutError(), 504),
+        (torch.OutOfMemoryError("CUDA out of memory on secret"), 503),
         (StorageError("cannot read s3://secret/place"), 503),
         (KeyError("/root/secret"), 500),
     ],
@@ -105,11 +107,12 @@ def test_an_error_shows_a_client_its_status_and_nothing_of_the_inside(error: Exc
 def test_replicas_follow_the_work_and_not_the_number_of_requests() -> None:
     policy = QueuedWorkPolicy(rows_per_replica=100)
 
-    def wanted(*work: float) -> int:
-        metrics = {"queued_work": dict(enumerate(work))} if work else None
-        return policy(SimpleNamespace(aggregated_metrics=metrics))[0]
+    def wanted(*work: float, jobs: float = 0) -> int:
+        told = {"queued_work": dict(enumerate(work)), "queued_jobs": dict.fromkeys(range(len(work)), jobs)}
+        return policy(SimpleNamespace(aggregated_metrics=told if work else None))[0]
 
     assert [wanted(), wanted(0, 0), wanted(60, 40), wanted(60, 41), wanted(1000)] == [1, 1, 1, 2, 10]
+    assert [wanted(0, 0, jobs=100), wanted(60, 40, jobs=101)] == [1, 3]
 
 
 def a_router(replicas: int) -> tuple[ConceptRouter, list[Any]]:
@@ -154,10 +157,24 @@ def test_a_concept_that_everybody_asks_for_takes_every_replica() -> None:
     assert ranks(router, "concept_1", replicas)[0][0].replica_id == next(iter(sent))
 
 
+CLUSTER = yaml.safe_load((Path(__file__).parents[2] / "infra/serve.yaml").read_text())["applications"][0]
+
+
 def test_on_a_cluster_too_a_full_replica_refuses_at_once() -> None:
-    settings = yaml.safe_load((Path(__file__).parents[2] / "infra/serve.yaml").read_text())["applications"][0]
-    diffusion = next(each for each in settings["deployments"] if each["name"] == "DiffusionEngine")
-    assert diffusion["max_ongoing_requests"] == settings["args"]["max_requests"] + CALLS_BESIDE
+    diffusion = next(each for each in CLUSTER["deployments"] if each["name"] == "DiffusionEngine")
+    assert diffusion["max_ongoing_requests"] == CLUSTER["args"]["max_requests"] + CALLS_BESIDE
+
+
+def test_a_cluster_bounds_its_queues_and_ends_its_replicas_as_one_machine_does() -> None:
+    ingress = build(ServeConfig())._bound_deployment
+    stages = [each._bound_deployment for each in ingress.init_args if isinstance(each, Application)]
+    own = {each.name: each._deployment_config for each in (ingress, *stages)}
+    assert own["JobRunner"].graceful_shutdown_timeout_s == 0, "two replicas would run the same jobs"
+    names = ("num_replicas", "max_queued_requests", "graceful_shutdown_timeout_s", "health_check_period_s")
+    for deployment in CLUSTER["deployments"]:
+        for name in names:
+            known = getattr(own[deployment["name"]], name)
+            assert deployment.get(name, known) == known, (deployment["name"], name)
 
 
 def test_a_signed_path_ends_and_cannot_be_made_up(tmp_path: Path) -> None:
@@ -183,19 +200,18 @@ def test_a_signed_path_ends_and_cannot_be_made_up(tmp_path: Path) -> None:
         pictures.get("ada", name)
 
 
-def test_records_are_pages_of_their_tenant_and_claimed_once(tmp_path: Path) -> None:
+def test_records_are_pages_of_their_tenant(tmp_path: Path) -> None:
     records = Records(FileStore(tmp_path), "thing", Expiring)
     later = int(time.time()) + 60
     things = [Expiring(id=f"thing_{n:024x}", expires_at=later) for n in range(5)]
-    assert [records.add("ada", thing) for thing in (*things, things[0])] == [True] * 5 + [False]
-    records.put("ada", Expiring(id=f"thing_{9:024x}", expires_at=1))
+    for thing in (*things, Expiring(id=f"thing_{9:024x}", expires_at=1)):
+        records.put("ada", thing)
     assert records.page("ada", 2, None) == ([things[4], things[3]], True)
     assert records.page("ada", 3, things[3].id) == ([things[2], things[1], things[0]], False)
     assert records.page("bob", 3, None) == ([], False)
     for wrong in (f"thing_{9:024x}", "../ada/thing", "", things[0].id.upper()):
         with pytest.raises(ApiError, match="no thing"):
             records.get("ada", wrong)
-    assert records.add("ada", Expiring(id=f"thing_{9:024x}", expires_at=later))
 
 
 @pytest.mark.parametrize(

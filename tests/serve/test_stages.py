@@ -11,7 +11,7 @@ from ray.exceptions import RayActorError
 from serve import stages as module
 from serve.errors import ApiError
 from serve.messages import Picture, Step
-from serve.stages import MAX_LOSSES, Stages
+from serve.stages import MAX_LOSSES, Stages, ask_all
 from tests.serve.works import a_work
 
 
@@ -87,3 +87,19 @@ def test_work_that_ends_every_replica_is_given_up_and_work_that_goes_on_is_not(
     assert got == list(range(pictures))
     # A picture clears what was lost before it, and the replica that made it is lost too.
     assert calls == MAX_LOSSES + max(pictures - 1, 0)
+
+
+def test_a_replica_that_dies_does_not_silence_the_others() -> None:
+    async def answer(replica: int) -> int:
+        if replica == 1:
+            raise RayActorError
+        return replica
+
+    class Broadcast:
+        """As Serve's own: without `return_exceptions` one failure is the answer of all."""
+
+        async def results_async(self, *, timeout_s: float, return_exceptions: bool = False) -> list[object]:
+            return await asyncio.gather(*map(answer, range(3)), return_exceptions=return_exceptions)
+
+    handle = SimpleNamespace(broadcast=lambda method: Broadcast())
+    assert asyncio.run(ask_all(handle, "snapshot")) == [0, 2]

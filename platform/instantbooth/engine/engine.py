@@ -74,9 +74,9 @@ class EngineStats:
     """Counts since the start, and what is there now."""
 
     waiting: dict[Size, int] = field(default_factory=dict)
-    """Requests not begun, by height and width."""
+    """U-Net rows that a step of the requests not begun has, by height and width."""
     running: dict[Size, int] = field(default_factory=dict)
-    """Requests with at least one step taken and one to take."""
+    """The same of requests with at least one step taken and one to take."""
     queued_work: int = 0
     """U-Net rows still to compute for all of them: what autoscaling goes by."""
     undecoded: int = 0
@@ -85,6 +85,8 @@ class EngineStats:
     """Forward passes."""
     rows: int = 0
     """U-Net rows in them that belonged to a request."""
+    offered_rows: int = 0
+    """U-Net rows that there was room for in them."""
     padded_rows: int = 0
     """U-Net rows in them that filled a bucket up."""
     step_seconds: float = 0.0
@@ -171,13 +173,18 @@ class Engine:
     def stats(self) -> EngineStats:
         """A snapshot."""
         tickets = [*self._scheduler, *self._arrivals]
+        waiting: Counter[Size] = Counter()
+        running: Counter[Size] = Counter()
+        for ticket in tickets:
+            (waiting if ticket.row is None else running)[ticket.size] += ticket.unet_rows
         return EngineStats(
-            waiting=Counter(ticket.size for ticket in tickets if ticket.row is None),
-            running=Counter(ticket.size for ticket in tickets if ticket.row is not None),
+            waiting=waiting,
+            running=running,
             queued_work=sum(ticket.remaining_work for ticket in tickets),
             undecoded=self._decoder.backlog,
             steps=self._totals.steps,
             rows=self._totals.rows,
+            offered_rows=self._totals.offered_rows,
             padded_rows=self._totals.padded_rows,
             step_seconds=self._totals.step_seconds,
             ended=dict(self._ended),
@@ -274,7 +281,8 @@ class Engine:
             raise
         except Exception as error:
             self._batch = None
-            if isinstance(error, torch.OutOfMemoryError):
+            # Where one alone does not fit, it is not their number.
+            if isinstance(error, torch.OutOfMemoryError) and len(tickets) > 1:
                 self.row_budget = max(1, self.row_budget // 2)
                 self._steps_that_fit = 0
             if len(tickets) == 1:
@@ -292,6 +300,8 @@ class Engine:
         rows = sum(ticket.unet_rows for ticket in tickets)
         self._totals.steps += 1
         self._totals.rows += rows
+        # A single guided request has two rows, whatever the budget.
+        self._totals.offered_rows += max(rows, self._budget(tickets[0].size))
         self._totals.padded_rows += len(batch.order) - rows
         self._totals.step_seconds += seconds
         for ticket in tickets:

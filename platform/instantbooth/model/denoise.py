@@ -53,11 +53,6 @@ class Row:
         """Whether guidance doubles its cost."""
         return self.guidance_scale > 1
 
-    @property
-    def unet_rows(self) -> int:
-        """What a step costs."""
-        return 2 if self.guided else 1
-
 
 @dataclass(frozen=True, kw_only=True)
 class BatchShape:
