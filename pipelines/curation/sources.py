@@ -10,7 +10,8 @@ that start with "." or "_". A URI may also name one such file.
 
 A unit is one tar, one Parquet file, or a few lines of a list. What cannot be read becomes a pair that is dropped with
 its reason: damage costs what it touches and nothing beside. A file is known by its name, size and time of change, a
-list's lines by their text: the pictures that a line names are taken never to change.
+list's lines by their text: the pictures that a line names are taken never to change. Of a list that got more lines at
+its end, the last slice that was not full is read again with them.
 """
 
 from __future__ import annotations
