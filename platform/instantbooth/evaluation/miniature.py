@@ -161,8 +161,8 @@ def examine(exam: Examination) -> tuple[dict[str, float], list[Image.Image]]:
 def choose_scales(
     exam: Examination,
     *,
-    adapter_scales: Sequence[float] = (0.8, 1.0),
-    concept_scales: Sequence[float] = (0.8, 1.0),
+    adapter_scales: Sequence[float] = (0.8, 1.0, 1.2, 1.4),
+    concept_scales: Sequence[float] = (1.0,),
     prompt_accuracy_floor: float = 0.84,
     report: Callable[[dict[str, float]], None] = lambda row: None,
 ) -> dict[str, float]:
