@@ -82,7 +82,8 @@ def adapter(options: cli.Flat[AdapterBenchmark]) -> None:
         anew = step(adapter_kwargs(References(scale=scale, patch_features=features)))
         variants[f"equation_{count}"] = _with_fusers(unet, adapters, anew, written_out=True)
     medians = measure(variants, options.repeats, device)
-    over_bare, over_equation = _ratios(medians, "bare"), _ratios(medians, "equation")
+    over_bare = {n: round(medians[f"saved_{n}"] / medians["bare"], 3) for n in REFERENCE_COUNTS}
+    over_equation = {n: round(medians[f"saved_{n}"] / medians[f"equation_{n}"], 3) for n in REFERENCE_COUNTS}
     conclude(
         {
             "model": "Stable Diffusion 1.5 shapes at 512" if options.full_size else "miniature",
@@ -97,14 +98,6 @@ def adapter(options: cli.Flat[AdapterBenchmark]) -> None:
             "saved over equation": at_most(max(over_equation.values()), 1.0),
         },
     )
-
-
-def _ratios(medians: dict[str, float], other: str) -> dict[int, float]:
-    """By number of references, the step with saved keys and values over the bare one, or over the equation's."""
-    return {
-        count: round(medians[f"saved_{count}"] / medians["bare" if other == "bare" else f"{other}_{count}"], 3)
-        for count in REFERENCE_COUNTS
-    }
 
 
 def _with_fusers(
