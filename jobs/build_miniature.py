@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from instantbooth.miniature.recipe import Recipe, build, check_destination, ship
 from instantbooth.model.base import device_of
 from jobs import cli
+from jobs.recipes import RecipeOption
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,8 @@ class BuildConfig:
     ship: Path | None = None
     """Where to put the finished models in float16, for example platform/instantbooth/miniature/weights."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    recipe: Recipe = field(default_factory=Recipe)
+    recipe: RecipeOption = Recipe()
+    """`recipe:cpu` is four hours of two cores; `recipe:gpu`, for a GPU, has a better base and made the shipped weights."""
 
     def __post_init__(self) -> None:
         if self.ship is not None:

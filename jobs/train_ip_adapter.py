@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -17,11 +17,12 @@ from instantbooth.evaluation.ip_adapter import weights
 from instantbooth.miniature.corpus import Corpus, render_corpus
 from instantbooth.miniature.ip_adapter import train_ip_adapter
 from instantbooth.miniature.pairs import Pairs, corpus_latents
-from instantbooth.miniature.recipe import Recipe
+from instantbooth.miniature.recipe import RECIPES
 from instantbooth.model.base import BaseModel, device_of
 from instantbooth.model.encoders import ImageEncoder
 from instantbooth.presets import miniature_folder
 from jobs import cli
+from jobs.recipes import RecipeOption
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,7 @@ class IPAdapterJob:
     """"global" reads CLIP's global feature, "plus" its patch tokens through a resampler."""
     models: Path | None = None
     """A miniature built elsewhere (its base/ and clip/); the shipped one if not given."""
-    recipe: Recipe = field(default_factory=Recipe)
+    recipe: RecipeOption = RECIPES["gpu"]
     """Its pairs and its steps of adapters: InstantBooth's own budget."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -47,7 +48,7 @@ class IPAdapterJob:
 def run(job: IPAdapterJob) -> None:
     """Trains what is not trained yet, and prints each variant's record."""
     models = job.models or miniature_folder()
-    corpus = render_corpus("pretraining", job.recipe.later_pictures, 1, job.output / "corpora")
+    corpus = render_corpus("pretraining", job.recipe.adapter_pictures, 1, job.output / "corpora")
     for variant in job.variants:
         record_path = job.output / variant / "RECORD.json"
         if not record_path.exists():

@@ -23,7 +23,12 @@ CPU = torch.device("cpu")
 def smallest() -> Recipe:
     """Two steps of everything."""
     recipe = Recipe(
-        pretraining_pictures=8, later_pictures=16, judging_identities=8, held_out_identities=8, validation_subjects=2
+        pretraining_pictures=8,
+        later_pictures=16,
+        adapter_pictures=12,
+        judging_identities=8,
+        held_out_identities=8,
+        validation_subjects=2,
     )
     loops = {field.name: getattr(recipe, field.name) for field in fields(recipe)}
     loops = {name: loop for name, loop in loops.items() if isinstance(loop, LoopConfig)}

@@ -30,7 +30,7 @@ from instantbooth.model.encoders import ImageEncoder
 from instantbooth.model.weights import tensors_digest
 from instantbooth.presets import miniature_folder
 from instantbooth.prompts import tokenize
-from instantbooth.training.adapters import AdapterTrainingConfig
+from instantbooth.training.adapters import AdapterTrainingConfig, Draws, draw
 from tests.tiny import portrait
 
 CPU = torch.device("cpu")
@@ -51,6 +51,10 @@ def batch(trained: IPAdapterObjective) -> dict[str, Tensor]:
         "subject_mask": torch.rand(4, 1, 16, 16, generator=generator),
         "input_ids": torch.tensor([tokenize(trained.base.tokenizer, "a photo of a cat")] * 4),
     }
+
+
+def draws_of(trained: IPAdapterObjective) -> Draws:
+    return draw(trained.base, trained.config, 4, torch.Generator().manual_seed(3))
 
 
 @pytest.mark.parametrize("variant", weights.VARIANTS)
@@ -101,7 +105,7 @@ def test_training_reaches_the_adapter_alone_and_lowers_its_loss(variant: str, ti
     optimizer = torch.optim.AdamW(trained.trained.parameters(), lr=1e-2)
     losses = []
     for _ in range(40):
-        loss = trained(examples, torch.Generator().manual_seed(3))
+        loss = trained(examples, draws_of(trained))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -116,7 +120,7 @@ def test_dropped_pictures_have_the_features_of_none(tiny: Path) -> None:
         trained = objective(tiny, variant, text_dropout=0.0, image_dropout=1.0)
         examples = batch(trained)
         losses = [
-            float(trained(examples | {"reference_pixels": pixels}, torch.Generator().manual_seed(3)))
+            float(trained(examples | {"reference_pixels": pixels}, draws_of(trained)))
             for pixels in (examples["reference_pixels"], 1 - examples["reference_pixels"])
         ]
         assert losses[0] == losses[1]

@@ -27,13 +27,15 @@ def fit(
     target = torch.tensor([[1.0, -2.0, 0.5, 3.0]])
     steps = count()
 
-    def loss(examples: int, generator: Generator) -> Tensor:
+    def draw(examples: int, generator: Generator) -> Tensor:
+        return torch.eye(4).repeat(examples, 1) + noise * torch.randn(4 * examples, 4, generator=generator)
+
+    def loss(inputs: Tensor) -> Tensor:
         if next(steps) == killed_at:
             raise InterruptedError
-        inputs = torch.eye(4).repeat(examples, 1) + noise * torch.randn(4 * examples, 4, generator=generator)
         return (module(inputs) - inputs @ target.T).square().mean()
 
-    losses = train("line", module, loss, config, folder=folder, device=torch.device("cpu"))
+    losses = train("line", module, draw, loss, config, folder=folder, device=torch.device("cpu"))
     return losses, module.weight.detach().clone()
 
 
@@ -79,12 +81,15 @@ def test_processes_share_a_batch(tmp_path: Path, elsewhere: ProcessPoolExecutor)
 def fit_with_a_helper_that_fails(folder: Path) -> None:
     module = nn.Linear(2, 1)
 
-    def loss(examples: int, generator: Generator) -> Tensor:
+    def draw(examples: int, generator: Generator) -> Tensor:
         if generator.initial_seed() >= 1_000 * 1_000_003:
             raise MemoryError
-        return module(torch.ones(examples, 2)).mean()
+        return torch.ones(examples, 2)
 
-    train("line", module, loss, replace(CONFIG, processes=2), folder=folder, device=torch.device("cpu"))
+    def loss(inputs: Tensor) -> Tensor:
+        return module(inputs).mean()
+
+    train("line", module, draw, loss, replace(CONFIG, processes=2), folder=folder, device=torch.device("cpu"))
 
 
 def test_a_process_that_fails_ends_the_training(tmp_path: Path, elsewhere: ProcessPoolExecutor) -> None:

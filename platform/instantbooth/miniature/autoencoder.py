@@ -14,6 +14,7 @@ from instantbooth.miniature.corpus import Corpus
 from instantbooth.training.loop import LoopConfig, train
 
 LATENT_CHANNELS = 8
+LATENT_SIDE = 16
 KL_WEIGHT = 1e-6
 EDGE_WEIGHT = 1.0
 """Weight of the difference of image gradients: without it eyes and night windows dissolve."""
@@ -43,12 +44,16 @@ def train_vae(corpus: Corpus, config: LoopConfig, *, folder: Path, device: torch
         vae.set_attn_processor(AttnProcessor())
     images, masks = torch.from_numpy(corpus.images), torch.from_numpy(corpus.masks)
 
-    def loss(examples: int, generator: Generator) -> Tensor:
+    def draw(examples: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
         rows = torch.randint(len(corpus), (examples,), generator=generator)
-        pixels = to_pixels(images[rows]).to(device)
-        weight = 1 + (SUBJECT_WEIGHT - 1) * (masks[rows].to(device) > 127).float()[:, None]
+        noise = torch.randn((examples, LATENT_CHANNELS, LATENT_SIDE, LATENT_SIDE), generator=generator)
+        return images[rows], masks[rows], noise
+
+    def loss(batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        shown, covered, noise = (part.to(device) for part in batch)
+        pixels = to_pixels(shown)
+        weight = 1 + (SUBJECT_WEIGHT - 1) * (covered > 127).float()[:, None]
         posterior = vae.encode(pixels).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
         reconstruction = vae.decode(posterior.mean + posterior.std * noise).sample.float()
         difference = reconstruction - pixels
         edges = (difference.diff(dim=-1).abs() * weight[..., 1:]).mean() + (
@@ -59,7 +64,7 @@ def train_vae(corpus: Corpus, config: LoopConfig, *, folder: Path, device: torch
         value: Tensor = pixelwise + EDGE_WEIGHT * edges + KL_WEIGHT * posterior.kl().mean()
         return value
 
-    train("vae", vae, loss, config, folder=folder, device=device)
+    train("vae", vae, draw, loss, config, folder=folder, device=device)
     sample = encode_latents(vae, images[:1024])
     vae.register_to_config(scaling_factor=round(1 / float(sample.std()), 4))
     return vae

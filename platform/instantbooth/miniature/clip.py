@@ -69,20 +69,23 @@ def train_clip(
         model.set_attn_implementation("eager")
     images, masks = torch.from_numpy(corpus.images), torch.from_numpy(corpus.masks)
 
-    def loss(examples: int, generator: Generator) -> Tensor:
+    def draw(examples: int, generator: Generator) -> tuple[Tensor, list[str]]:
         rows = torch.randint(len(corpus), (examples,), generator=generator)
         rng = np.random.default_rng(int(torch.randint(2**31, (), generator=generator)))
         scenes, subjects = rows[: examples // 2], rows[examples // 2 :]
         pixels = torch.cat([to_unit(images[scenes]), subject_crops(images[subjects], masks[subjects], generator)])
         captions = [scene_caption(corpus, int(row), rng) for row in scenes]
         captions += [detail_caption(corpus, int(row), rng) for row in subjects]
-        image_embeds, text_embeds = _embed(model, tokenizer, pixels, captions)
+        return pixels, captions
+
+    def loss(batch: tuple[Tensor, list[str]]) -> Tensor:
+        image_embeds, text_embeds = _embed(model, tokenizer, *batch)
         scale = model.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
         logits = scale * image_embeds @ text_embeds.T
-        matches = torch.arange(examples, device=device)
+        matches = torch.arange(len(logits), device=device)
         return (F.cross_entropy(logits, matches) + F.cross_entropy(logits.T, matches)) / 2
 
-    train("clip", model, loss, config, folder=folder, device=device)
+    train("clip", model, draw, loss, config, folder=folder, device=device)
     model.set_attn_implementation("sdpa")
     return model
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -72,14 +73,14 @@ def labels_of(attributes: dict[str, str]) -> list[int]:
     return [values.index(attributes[name]) if name in attributes else -1 for name, values in ATTRIBUTES.items()]
 
 
-def render_corpus(split: str, identities: int, pictures_each: int, folder: Path, *, workers: int = 2) -> Corpus:
-    """Renders `identities` × `pictures_each` pictures, or reads them from `folder` where they lie already."""
+def render_corpus(split: str, identities: int, pictures_each: int, folder: Path) -> Corpus:
+    """Renders `identities` × `pictures_each` pictures on all cores, or reads them from `folder` where they lie."""
     path = folder / f"{split}-{identities}x{pictures_each}.npz"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         numbers = range(identities)
         job = partial(_render_identity, split, pictures_each)
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
             done = pool.map(job, numbers, chunksize=32)
             rows = [row for batch in track(done, f"rendering {split}", total=identities) for row in batch]
         images, masks, seeds, labels, words = zip(*rows, strict=True)

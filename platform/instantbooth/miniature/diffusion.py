@@ -109,15 +109,18 @@ def train_diffusion(
     write_out_attention(unet, text_encoder)
     schedule = NoiseSchedule.from_config(new_scheduler().config)
 
-    def loss(examples: int, generator: Generator) -> Tensor:
+    def draw(examples: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         latents, ids = pictures.draw(examples, generator)
-        prompt_embeds = text_encoder(ids.to(unet.device)).last_hidden_state
         timesteps = draw_timesteps(examples, schedule, generator)
-        noise = torch.randn(latents.shape, generator=generator).to(unet.device)
-        noisy, target = add_noise(latents.to(unet.device), noise, timesteps, schedule)
+        return latents, ids, timesteps, torch.randn(latents.shape, generator=generator)
+
+    def loss(batch: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
+        latents, ids, timesteps, noise = batch
+        prompt_embeds = text_encoder(ids.to(unet.device)).last_hidden_state
+        noisy, target = add_noise(latents.to(unet.device), noise.to(unet.device), timesteps, schedule)
         return denoising_loss(unet(noisy, timesteps.to(unet.device), prompt_embeds).sample, target)
 
-    return train(name, nn.ModuleList([unet, text_encoder]), loss, config, folder=folder, device=unet.device)
+    return train(name, nn.ModuleList([unet, text_encoder]), draw, loss, config, folder=folder, device=unet.device)
 
 
 def describe(caption: str, noun: str, phrases: list[str]) -> str:

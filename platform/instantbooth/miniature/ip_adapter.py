@@ -12,7 +12,7 @@ from instantbooth.miniature.pairs import Pairs, loop_of
 from instantbooth.model.base import BaseModel
 from instantbooth.model.encoders import ImageEncoder
 from instantbooth.prompts import tokenize
-from instantbooth.training.adapters import AdapterTrainingConfig
+from instantbooth.training.adapters import AdapterTrainingConfig, Draws, draw
 from instantbooth.training.loop import train
 
 
@@ -32,11 +32,16 @@ def train_ip_adapter(
     objective = IPAdapterObjective(base, image_encoder, variant, config)
     ids = [tokenize(base.tokenizer, caption) for caption in pairs.corpus.captions]
 
-    def loss(examples: int, generator: Generator) -> Tensor:
+    def draw_batch(examples: int, generator: Generator) -> tuple[dict[str, Tensor], Draws]:
         rows, batch = pairs.draw(examples, generator)
-        value: Tensor = objective(batch | {"input_ids": torch.tensor([ids[row] for row in rows])}, generator)
+        batch |= {"input_ids": torch.tensor([ids[row] for row in rows])}
+        return batch, draw(base, config, examples, generator)
+
+    def loss(drawn: tuple[dict[str, Tensor], Draws]) -> Tensor:
+        value: Tensor = objective(*drawn)
         return value
 
-    losses = train(f"ip-adapter-{variant}", objective, loss, loop_of(config), folder=folder, device=base.device)
+    name, loop = f"ip-adapter-{variant}", loop_of(config)
+    losses = train(name, objective, draw_batch, loss, loop, folder=folder, device=base.device)
     objective.trained.requires_grad_(False)
     return objective, losses

@@ -33,14 +33,16 @@ def train_attribute_judge(corpus: Corpus, config: LoopConfig, *, folder: Path, d
     judge = AttributeJudge(ATTRIBUTES).to(device)
     images, labels = torch.from_numpy(corpus.images), torch.from_numpy(corpus.labels)
 
-    def loss(examples: int, generator: Generator) -> Tensor:
+    def draw(examples: int, generator: Generator) -> tuple[Tensor, Tensor]:
         rows = torch.randint(len(corpus), (examples,), generator=generator)
-        logits = judge(disturb(images[rows], generator).to(device))
-        targets = labels[rows].to(device).unbind(dim=1)
-        losses = [F.cross_entropy(scores, target) for scores, target in zip(logits, targets, strict=True)]
-        return torch.stack(losses).mean()
+        return disturb(images[rows], generator), labels[rows]
 
-    train("attribute-judge", judge, loss, config, folder=folder, device=device)
+    def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
+        pixels, targets = (part.to(device) for part in batch)
+        pairs = zip(judge(pixels), targets.unbind(dim=1), strict=True)
+        return torch.stack([F.cross_entropy(scores, target) for scores, target in pairs]).mean()
+
+    train("attribute-judge", judge, draw, loss, config, folder=folder, device=device)
     return judge
 
 
@@ -53,14 +55,16 @@ def train_identity_judge(corpus: Corpus, config: LoopConfig, *, folder: Path, de
     judge = IdentityJudge().to(device)
     images, pictures = torch.from_numpy(corpus.images), pictures_of(corpus)
 
-    def loss(examples: int, generator: Generator) -> Tensor:
+    def draw(examples: int, generator: Generator) -> Tensor:
         chosen = torch.randperm(len(pictures), generator=generator)[:examples]
         pairs = torch.rand(len(chosen), pictures.shape[1], generator=generator).argsort(dim=1)[:, :2]
         rows = pictures[chosen].gather(1, pairs).T.flatten()
-        embeddings = judge(disturb(images[rows], generator).to(device))
-        return supervised_contrastive(embeddings, TEMPERATURE)
+        return disturb(images[rows], generator)
 
-    train("identity-judge", judge, loss, config, folder=folder, device=device)
+    def loss(pixels: Tensor) -> Tensor:
+        return supervised_contrastive(judge(pixels.to(device)), TEMPERATURE)
+
+    train("identity-judge", judge, draw, loss, config, folder=folder, device=device)
     return judge
 
 

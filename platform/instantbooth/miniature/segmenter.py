@@ -67,15 +67,15 @@ def train_segmenter(
         subject = (masks[rows] > 127) & ~nobody
         pixels = torch.where(mirrored[:, None, None, None], pixels.flip(-1), pixels)
         subject = torch.where(mirrored[:, None, None], subject.flip(-1), subject)
-        return pixels.to(device), (subject * classes[rows, None, None]).to(device)
+        return pixels, subject * classes[rows, None, None]
 
-    def loss(examples: int, generator: Generator) -> Tensor:
-        pixels, target = draw(examples, generator)
+    def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
+        pixels, target = (part.to(device) for part in batch)
         return F.cross_entropy(_full_size(model(pixels).logits), target)
 
-    train("segmenter", model, loss, config, folder=folder, device=device)
+    train("segmenter", model, draw, loss, config, folder=folder, device=device)
     # The batch norm's statistics belong to the last parameters, not to their average: measure them anew.
-    update_bn([draw(config.batch_size, Generator().manual_seed(seed))[0] for seed in range(20)], model)
+    update_bn([draw(config.batch_size, Generator().manual_seed(seed))[0] for seed in range(20)], model, device=device)
     return model
 
 

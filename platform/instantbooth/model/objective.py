@@ -10,7 +10,10 @@ from instantbooth.model.samplers import NoiseSchedule
 
 
 def add_noise(latents: Tensor, noise: Tensor, timesteps: Tensor, schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
-    """Noisy latents at `timesteps` [B], and what the U-Net should predict of them (its prediction type's target)."""
+    """Noisy latents at `timesteps` [B], and what the U-Net should predict of them (its prediction type's target).
+
+    Timesteps on the CPU spare a GPU a wait.
+    """
     alpha, sigma = signal_and_noise(timesteps, schedule, latents)
     noisy = alpha * latents + sigma * noise
     targets = {"epsilon": noise, "v_prediction": alpha * noise - sigma * latents, "sample": latents}

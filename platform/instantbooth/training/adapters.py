@@ -199,7 +199,7 @@ class AdapterObjective(nn.Module):
         write_out_attention(booth.base.unet, booth.base.text_encoder)
 
     def forward(self, batch: dict[str, Tensor], randomness: Generator | Draws) -> Tensor:
-        """Mean denoising loss of a batch of examples; all randomness is given, or drawn from a CPU generator.
+        """Mean denoising loss of a batch of examples; all randomness is given, on the CPU, or drawn from a generator.
 
         Latents may be given as `latents` (scaled) in place of `pixel_values`, and the text encoder's output for the
         captions as `prompt_embeds`.
@@ -210,14 +210,16 @@ class AdapterObjective(nn.Module):
             global_features, tokens = self.booth.image_encoder(batch["reference_pixels"].to(base.device))
         latents = latents.to(base.device)
         draws = randomness if isinstance(randomness, Draws) else draw(base, self.config, len(latents), randomness)
-        timesteps = draws.timesteps.to(base.device)
-        noisy, target = add_noise(latents, draws.noise.to(base.device), timesteps, base.schedule)
+        noisy, target = add_noise(latents, draws.noise.to(base.device), draws.timesteps, base.schedule)
         concept_embeddings, patch_features = self.trained.encoders(global_features, tokens)
         prompt_embeds = self._prompt_embeds(batch, draws.drop_text, concept_embeddings)
         scale = (~draws.drop_image).to(base.device, noisy.dtype).view(-1, 1, 1)
         references = References(scale=scale, patch_features=patch_features)
         prediction = base.unet(
-            noisy, timesteps, prompt_embeds, cross_attention_kwargs=adapter_kwargs(references)
+            noisy,
+            draws.timesteps.to(base.device),
+            prompt_embeds,
+            cross_attention_kwargs=adapter_kwargs(references),
         ).sample
         weights = subject_weights(batch["subject_mask"].to(base.device), self.config.background_weight)
         return denoising_loss(prediction, target, weights)

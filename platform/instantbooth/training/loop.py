@@ -6,15 +6,23 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Generator, Tensor, nn
 
 from instantbooth.errors import ParameterError
+from instantbooth.training.ahead import drawn_ahead
 from instantbooth.training.ema import EMA
 from instantbooth.training.helpers import Helpers
+
+MOST_DRAWERS = 12
+"""Processes that draw batches ahead for a GPU."""
+
+Batch = TypeVar("Batch")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +48,8 @@ class LoopConfig:
     checkpoint_every: int = 250
     """Steps between checkpoints."""
     processes: int = 1
-    """On a CPU, processes that share a batch, one thread each; 1 is one process with all threads. Ignored on a GPU."""
+    """On a CPU, processes that share a batch, one thread each; 1 is one process with all threads. Ignored on a GPU,
+    where other processes draw the batches ahead."""
     seed: int = 0
     """Every random number of step k comes from a generator seeded by it, k and the process's rank."""
 
@@ -54,25 +63,31 @@ class LoopConfig:
 def train(
     name: str,
     module: nn.Module,
-    loss: Callable[[int, Generator], Tensor],
+    draw: Callable[[int, Generator], Batch],
+    loss: Callable[[Batch], Tensor],
     config: LoopConfig,
     *,
     folder: Path,
     device: torch.device,
 ) -> list[float]:
-    """Minimises `loss(examples, generator)` over the trainable parameters of `module`, resuming from `folder`.
+    """Minimises `loss(batch)` over the trainable parameters of `module`, resuming from `folder`.
 
+    `draw(examples, generator)` makes a batch on the CPU, with everything random that the loss needs.
     ParameterError where a checkpoint there, `name`.pt, is of a training with another configuration.
     At the end `module` holds the averaged parameters, in eval mode. Returns the loss of every step.
     bfloat16 autocast is used throughout: on CPUs with AVX512-BF16 it halves the time of convolutions.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
-    processes = config.processes if device.type == "cpu" else 1
+    on_cpu = device.type == "cpu"
+    processes = config.processes if on_cpu else 1
 
-    def gradient(rank: int, step: int) -> float:
+    def batch(rank: int, step: int) -> Batch:
         generator = Generator().manual_seed((rank * 1_000 + config.seed) * 1_000_003 + step)
+        return draw(config.batch_size // processes, generator)
+
+    def gradient(drawn: Batch) -> float:
         with torch.autocast(device.type, dtype=torch.bfloat16):
-            value = loss(config.batch_size // processes, generator)
+            value = loss(drawn)
         for parameter in parameters:
             parameter.grad = None
         value.backward()
@@ -80,9 +95,14 @@ def train(
 
     module.train()
     with _threads(1 if processes > 1 else torch.get_num_threads()):
-        helpers = Helpers(processes - 1, parameters, gradient)
+        helpers = Helpers(processes - 1, parameters, lambda rank, step: gradient(batch(rank, step)))
+
+        def batches(steps: range) -> Iterator[Batch]:
+            drawers = 0 if on_cpu else min(MOST_DRAWERS, os.cpu_count() or 1)
+            return drawn_ahead(partial(batch, 0), steps, workers=drawers)
+
         try:
-            losses = _descend(name, parameters, gradient, helpers, config, folder / f"{name}.pt", device)
+            losses = _descend(name, parameters, batches, gradient, helpers, config, folder / f"{name}.pt", device)
         finally:
             helpers.close()
     module.eval()
@@ -92,7 +112,8 @@ def train(
 def _descend(
     name: str,
     parameters: list[nn.Parameter],
-    gradient: Callable[[int, int], float],
+    batches: Callable[[range], Iterator[Batch]],
+    gradient: Callable[[Batch], float],
     helpers: Helpers,
     config: LoopConfig,
     checkpoint: Path,
@@ -106,11 +127,13 @@ def _descend(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
         bar = progress.add_task(name, total=config.steps, completed=len(losses))
-        for step in range(len(losses), config.steps):
+        steps = range(len(losses), config.steps)
+        drawn = batches(steps)
+        for step in steps:
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * _schedule(step, config)
             helpers.start(step)
-            losses.append(helpers.join(gradient(0, step)))
+            losses.append(helpers.join(gradient(next(drawn))))
             torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
             optimizer.step()
             ema.update(step)

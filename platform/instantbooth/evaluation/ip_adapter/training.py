@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from instantbooth.evaluation.ip_adapter import weights
 from instantbooth.model.base import BaseModel
 from instantbooth.model.encoders import ImageEncoder
 from instantbooth.model.objective import add_noise, denoising_loss, subject_weights
 from instantbooth.prompts import tokenize
-from instantbooth.training.adapters import AdapterTrainingConfig, draw
+from instantbooth.training.adapters import AdapterTrainingConfig, Draws
 from instantbooth.training.attention import write_out_attention
 
 
@@ -31,7 +31,7 @@ class IPAdapterObjective(nn.Module):
         self.trained = weights.attach(base.unet, weights.new_state(base.unet, image_encoder, variant))
         self.trained.requires_grad_(True)
 
-    def forward(self, batch: dict[str, Tensor], generator: Generator) -> Tensor:
+    def forward(self, batch: dict[str, Tensor], draws: Draws) -> Tensor:
         """Mean loss of a batch, weighted as the config says.
 
         It has scaled `latents` [B, C, h, w], `reference_pixels` [B, 3, s, s], `subject_mask` [B, 1, h, w], the share of
@@ -40,9 +40,7 @@ class IPAdapterObjective(nn.Module):
         """
         base = self.base
         latents = batch["latents"].to(base.device)
-        draws = draw(base, self.config, len(latents), generator)
-        timesteps = draws.timesteps.to(base.device)
-        noisy, target = add_noise(latents, draws.noise.to(base.device), timesteps, base.schedule)
+        noisy, target = add_noise(latents, draws.noise.to(base.device), draws.timesteps, base.schedule)
         with torch.no_grad():
             pixels = batch["reference_pixels"].to(base.device)
             features, nothing = weights.image_features(self.image_encoder, self.variant, pixels)
@@ -52,7 +50,10 @@ class IPAdapterObjective(nn.Module):
         dropped = draws.drop_image.to(base.device).view(-1, *[1] * (features.ndim - 1))
         features = torch.where(dropped, nothing, features)
         prediction = base.unet(
-            noisy, timesteps, prompt_embeds, added_cond_kwargs=weights.image_arguments(features[:, None])
+            noisy,
+            draws.timesteps.to(base.device),
+            prompt_embeds,
+            added_cond_kwargs=weights.image_arguments(features[:, None]),
         ).sample
         weights_of_pixels = subject_weights(batch["subject_mask"].to(base.device), self.config.background_weight)
         return denoising_loss(prediction, target, weights_of_pixels)
