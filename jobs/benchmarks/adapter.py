@@ -14,6 +14,7 @@ from instantbooth.errors import ParameterError
 from instantbooth.model.adapter import GatedAdapter, References, adapter_kwargs, attach
 from instantbooth.model.base import device_of
 from instantbooth.model.conditioning import batch_references, concept_keys_values
+from instantbooth.model.loading import DTYPES, Precision
 from jobs import cli
 from jobs.benchmarks.goals import at_most, conclude
 from jobs.benchmarks.timing import machine, measure
@@ -34,6 +35,8 @@ class AdapterBenchmark:
     repeats: int = 15
     """Runs of each variant, after one to warm up."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    precision: Precision = "bf16" if torch.cuda.is_available() else "fp32"
+    """In which numbers the U-Net and the adapters compute."""
 
     def __post_init__(self) -> None:
         for name in ("requests", "repeats"):
@@ -59,14 +62,16 @@ class WrittenOut(nn.Module):
 
 def adapter(options: cli.Flat[AdapterBenchmark]) -> None:
     """Prints the ratios and the medians behind them as JSON; exit status 1 where a goal is missed."""
-    device = device_of(options.device)
-    unet, tokens = (_full_size_unet(device), SD15_TOKENS) if options.full_size else _miniature_unet(device)
+    device, dtype = device_of(options.device), DTYPES[options.precision]
+    unet, tokens = (
+        (_full_size_unet(device, dtype), SD15_TOKENS) if options.full_size else _miniature_unet(device, dtype)
+    )
     width = int(unet.config.cross_attention_dim)
     adapters = attach(unet, width).requires_grad_(False)
     side, channels = int(unet.config.sample_size), int(unet.config.in_channels)
     rows = 2 * options.requests
-    sample = torch.randn(rows, channels, side, side, device=device)
-    text = torch.randn(rows, 77, width, device=device)
+    sample = torch.randn(rows, channels, side, side, device=device, dtype=dtype)
+    text = torch.randn(rows, 77, width, device=device, dtype=dtype)
     timesteps = torch.full((rows,), 500, device=device)
 
     def step(kwargs: dict[str, object] | None) -> Callable[[], None]:
@@ -74,8 +79,8 @@ def adapter(options: cli.Flat[AdapterBenchmark]) -> None:
 
     variants: dict[str, Callable[[], None]] = {"bare": step(None)}
     for count in REFERENCE_COUNTS:
-        features = torch.randn(options.requests, count * tokens, width, device=device)
-        scale = torch.ones(options.requests, 1, 1, device=device)
+        features = torch.randn(options.requests, count * tokens, width, device=device, dtype=dtype)
+        scale = torch.ones(options.requests, 1, 1, device=device, dtype=dtype)
         concepts = [concept_keys_values(adapters, _concept(each)) for each in features]
         saved = step(adapter_kwargs(batch_references(concepts, scale)))
         variants[f"saved_{count}"] = _with_fusers(unet, adapters, saved, written_out=False)
@@ -88,6 +93,7 @@ def adapter(options: cli.Flat[AdapterBenchmark]) -> None:
         {
             "model": "Stable Diffusion 1.5 shapes at 512" if options.full_size else "miniature",
             "machine": machine(options.device),
+            "precision": options.precision,
             "requests": options.requests,
             "saved_over_bare": over_bare,
             "saved_over_equation": over_equation,
@@ -127,11 +133,13 @@ def _concept(patch_features: Tensor) -> Concept:
     )
 
 
-def _miniature_unet(device: torch.device) -> tuple[UNet2DConditionModel, int]:
-    booth = Personalizer.from_pretrained("miniature", device=device)
+def _miniature_unet(device: torch.device, dtype: torch.dtype) -> tuple[UNet2DConditionModel, int]:
+    booth = Personalizer.from_pretrained("miniature", device=device, dtype=dtype)
     return booth.base.unet, booth.image_encoder.num_tokens
 
 
-def _full_size_unet(device: torch.device) -> UNet2DConditionModel:
+def _full_size_unet(device: torch.device, dtype: torch.dtype) -> UNet2DConditionModel:
     torch.manual_seed(0)
-    return UNet2DConditionModel(sample_size=64, cross_attention_dim=768).eval().to(device)
+    with device:
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+    return unet.eval().to(dtype)

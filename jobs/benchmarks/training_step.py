@@ -33,10 +33,11 @@ def compare_steps(
     batch = examples(base, image_encoder, batch_size)
     variants: dict[str, Callable[[], Step]] = {
         "eager": partial(our_step, base, image_encoder, batch, device, compiled=False),
-        "compiled": partial(our_step, base, image_encoder, batch, device, compiled=True),
         "diffusers": lambda: diffusers_step(base, batch, device)[0],
+        # Last: what is compiled may keep its model in memory.
+        "compiled": partial(our_step, base, image_encoder, batch, device, compiled=True),
     }
-    return {name: _measured(make, batch_size, steps, device) for name, make in variants.items()}
+    return {name: measured_step(make, batch_size, steps, device) for name, make in variants.items()}
 
 
 def examples(base: Path, image_encoder: Path, count: int) -> dict[str, Tensor]:
@@ -89,8 +90,8 @@ def diffusers_step(base: Path, batch: dict[str, Tensor], device: torch.device) -
     return step, unet
 
 
-def _measured(make: Callable[[], Step], batch_size: int, steps: int, device: torch.device) -> dict[str, float]:
-    """Of one variant, alone in memory."""
+def measured_step(make: Callable[[], Step], batch_size: int, steps: int, device: torch.device) -> dict[str, float]:
+    """What `compare_steps` says of one variant, alone in memory."""
     gc.collect()
     on_gpu = device.type == "cuda"
     if on_gpu:

@@ -11,16 +11,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from instantbooth import Personalizer
 from instantbooth.engine.concepts import KeysValuesCache
-from instantbooth.engine.knee import measure_steps
+from instantbooth.engine.knee import TYPICAL_REFERENCES, measure_steps, typical_batch
+from instantbooth.model.flops import flops_of
 from instantbooth.model.personalizer import Request
 from jobs.benchmarks.arrivals import Picture, poisson, replay
 from jobs.benchmarks.engine import REQUEST_LEVEL, STEP_LEVEL, _identical, goals_of
 from jobs.benchmarks.engine_peak import against_one_request, flops_of_step, share_of_peak
 from jobs.benchmarks.fixed_batches import FixedBatches
 from jobs.benchmarks.goals import at_least, at_most, conclude
+from jobs.benchmarks.peak import unet_tflop
 from tests.tiny import portrait
 
 
@@ -96,11 +99,18 @@ def test_the_knee_is_compared_with_one_request_and_with_the_peak(booth: Personal
     ratios = against_one_request(booth, seconds, 4, repeats=2, backend="eager")
     assert ratios["knee_over_one_eager"] == pytest.approx(2 * seconds[2] / seconds[4], abs=0.001)
     assert ratios["knee_over_one_compiled"] > 0
-    flops = [flops_of_step(booth, rows) for rows in (2, 4, 8)]
-    assert flops[2] - flops[1] == 2 * (flops[1] - flops[0]) > 0
     known = share_of_peak(booth, {4: 1e-3}, 4, "NVIDIA H100 80GB HBM3")
-    assert known["share_of_peak"] == pytest.approx(flops[1] / 1e-3 / 989e12, abs=0.001)
+    assert known["share_of_peak"] == pytest.approx(flops_of_step(booth, 4) / 1e-3 / 989e12, abs=0.001)
     assert "share_of_peak" not in share_of_peak(booth, seconds, 4, "a processor")
+
+
+def test_the_arithmetic_of_a_step_is_that_of_its_requests(booth: Personalizer) -> None:
+    batch = typical_batch(booth, 8, steps=1)
+    with sdpa_kernel(SDPBackend.MATH):
+        assert flops_of_step(booth, 8) == flops_of(batch.step) > 0
+    image, mask = portrait(0)
+    concept = booth.encode([image] * TYPICAL_REFERENCES, "person", [mask] * TYPICAL_REFERENCES)
+    assert flops_of_step(booth, 2) == pytest.approx(unet_tflop(booth, concept) * 1e12, rel=1e-9)
 
 
 def test_the_engine_is_compared_with_the_best_of_several_static_batches(
