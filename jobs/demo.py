@@ -23,7 +23,7 @@ from instantbooth.errors import InstantBoothError, ParameterError
 from instantbooth.evaluation.judges import AttributeJudge, IdentityJudge
 from instantbooth.evaluation.metrics import identification_top1, prompt_accuracy
 from instantbooth.images import decode_image
-from instantbooth.manifest import ManifestRow
+from instantbooth.manifest import MAX_IMAGES, ManifestRow
 from instantbooth.miniature.samples import SUBJECTS_PER_SET, write_manifest, write_pairs
 from instantbooth.presets import miniature_folder
 from instantbooth.storage import FileStore, read_uri
@@ -69,6 +69,12 @@ class DemoConfig:
                 f"subjects must be at least 1 and pairs at least a batch ({self.training.batch_size}),"
                 f" are {self.subjects} and {self.pairs}; raise them"
             )
+        if not 1 <= self.references <= MAX_IMAGES:
+            raise ParameterError(f"references must be from 1 to {MAX_IMAGES}, is {self.references}; correct it")
+        self.model.identity()
+        if self.judges is not None:
+            load_judges(self.judges)
+        _train_config(self, FileStore(self.output))
 
 
 def demo(config: DemoConfig) -> dict[str, Any]:
@@ -204,8 +210,7 @@ def _judge(config: DemoConfig, rows: list[ManifestRow], subjects: list[Subject])
     """identification_top1 among all subjects of the manifest, and prompt_accuracy, over every picture."""
     if not subjects:
         return {"identification_top1": 0.0, "prompt_accuracy": 0.0}
-    folder = config.judges or miniature_folder() / "judges"
-    attributes, identities = AttributeJudge.load(folder / "attributes"), IdentityJudge.load(folder / "identity")
+    attributes, identities = load_judges(config.judges or miniature_folder() / "judges")
     by_id = {row.id: number for number, row in enumerate(rows)}
     gallery = torch.stack([identities.embed([decode_image(read_uri(uri)) for uri in row.images]) for row in rows])
     pictures = [picture for subject in subjects for picture in subject.pictures]
@@ -215,6 +220,11 @@ def _judge(config: DemoConfig, rows: list[ManifestRow], subjects: list[Subject])
         "identification_top1": round(identification_top1(identities.embed(pictures), torch.tensor(labels), gallery), 4),
         "prompt_accuracy": round(prompt_accuracy(attributes, pictures, wanted), 4),
     }
+
+
+def load_judges(folder: Path) -> tuple[AttributeJudge, IdentityJudge]:
+    """From attributes/ and identity/. WeightsError where one is not there."""
+    return AttributeJudge.load(folder / "attributes"), IdentityJudge.load(folder / "identity")
 
 
 def _write(

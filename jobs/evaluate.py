@@ -64,7 +64,13 @@ def miniature(options: cli.Flat[MiniatureExamination]) -> None:
         missed.append("five references better than one")
     options.output.mkdir(parents=True, exist_ok=True)
     grid(exam, pictures).save(options.output / "miniature.png")
-    result = {"figures": {name: round(value, 4) for name, value in figures.items()}, "bars": BARS, "missed": missed}
+    result = {
+        "split": options.split,
+        "identities": options.identities,
+        "figures": {name: round(value, 4) for name, value in figures.items()},
+        "bars": BARS,
+        "missed": missed,
+    }
     (options.output / "miniature.json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
     sys.exit(1 if missed else 0)

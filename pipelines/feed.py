@@ -31,6 +31,7 @@ from transformers import CLIPTokenizer
 
 from instantbooth.errors import InputError, MissingObjectError, PromptError, StorageError, TrainingError
 from instantbooth.images import decode_image
+from instantbooth.model.base import load_tokenizer
 from instantbooth.prompts import expand, tokenize_subject
 from instantbooth.storage import open_store, patiently, read_uri
 from instantbooth.training.adapters import unpacked
@@ -38,7 +39,6 @@ from instantbooth.training.order import SampleOrder
 from pipelines.curation.precompute import Precomputed
 from pipelines.curation.shards import TRAIN
 from pipelines.curation.sources import open_filesystem
-from pipelines.curation.steps import tokenizer_of
 from pipelines.ingest import MANIFEST, caption_rules
 
 Prepare = Callable[..., dict[str, Any]]
@@ -106,7 +106,7 @@ class Shards:
         """
         if self.captions == caption_rules(base, placeholder):
             return
-        tokenizer = ray.put(tokenizer_of(base))
+        tokenizer = ray.put(load_tokenizer(base))
         find = ray.remote(num_cpus=TASK_CPUS)(_useless_captions)
         parts = [self.uris[start : start + CHECKED_SHARDS] for start in range(0, len(self.uris), CHECKED_SHARDS)]
         found = ray.get([find.remote(part, tokenizer, placeholder) for part in parts])

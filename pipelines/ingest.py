@@ -30,7 +30,7 @@ import torch
 from transformers import CLIPTokenizer
 
 from instantbooth.errors import MissingObjectError, ParameterError, StorageError
-from instantbooth.model.base import check_layout, locate
+from instantbooth.model.base import check_layout, load_tokenizer, locate
 from instantbooth.presets import preset
 from instantbooth.storage import FileStore, ObjectStore, S3Store, open_store, patiently
 from pipelines.curation.decisions import Decisions, Staged
@@ -40,7 +40,7 @@ from pipelines.curation.report import IngestReport, report_page, summarize
 from pipelines.curation.segment import SubjectFinder, folder_digest, load_model
 from pipelines.curation.shards import Draft, load_draft, stage, staged_key, unit_key, write_draft
 from pipelines.curation.sources import MAX_SLICE_BYTES, Columns, Unit, digest_of, plan, read_slices
-from pipelines.curation.steps import Rules, decode, judge_mask, name_subject, tokenizer_of
+from pipelines.curation.steps import Rules, decode, judge_mask, name_subject
 
 MANIFEST = "manifest.json"
 REPORT = "report.json"
@@ -112,7 +112,7 @@ def ingest(config: IngestConfig) -> IngestReport:
     present = set(output.list())
     known = _known_slices(output, [unit.id(rules) for unit in units], present)
     new = [unit for unit in units if unit.id(rules) not in known]
-    fresh, processed = _curate(config, new, rules, output, tokenizer_of(base) if base else None)
+    fresh, processed = _curate(config, new, rules, output, load_tokenizer(base) if base else None)
     digests = known | fresh
     slices = [Staged(digest=digest, source=unit.key) for unit in units for digest in digests[unit.id(rules)]]
     decisions = Decisions(config.output, slices, near_bits=config.near_bits, validation=config.validation)

@@ -53,6 +53,12 @@ def test_a_build_from_nothing_can_be_repeated_gone_on_with_and_shipped(tmp_path:
 
     with pytest.raises(ParameterError, match="holds the stage 'adapters'"):
         build(folder, replace(recipe, adapters=AdapterTrainingConfig(steps=3)), device=CPU)
+    del record["adapters"]
+    (folder / "models/RECORD.json").write_text(json.dumps(record | {"begun": {"adapters": 60.0}}))
+    other = replace(recipe, adapters=replace(recipe.adapters, background_weight=1.0))
+    with pytest.raises(ParameterError, match="holds the stage 'adapters'"):
+        build(folder, other, device=CPU)
+    assert build(folder, recipe, device=CPU)["adapters"]["seconds"] >= 60, "of all sittings"
 
     ship(folder / "models", tmp_path / "shipped")
     assert ship(folder / "models", tmp_path / "shipped") <= 40e6

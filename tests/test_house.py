@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "platform" / "instantbooth"
-PURE = ["errors", "parameters", "prompts", "images", "manifest", "storage", "ledger"]
+PURE = ["errors", "config", "parameters", "prompts", "images", "manifest", "storage", "ledger"]
 
 WEB = ["fastapi", "pydantic", "starlette"]
 HEAVY = ["torch", "diffusers", "transformers", "mlflow"]
@@ -22,6 +22,7 @@ ABOVE_MODEL = [f"instantbooth.{name}" for name in ("engine", "training", "evalua
 FORBIDDEN = {
     "platform/instantbooth/**/*.py": ["ray", *WEB, "pipelines", "jobs", "serve"],
     **{f"platform/instantbooth/{name}.py": [*HEAVY, "instantbooth.model", *ABOVE_MODEL] for name in PURE},
+    **{f"platform/instantbooth/{name}.py": [*HEAVY[:3], "instantbooth.model"] for name in ("presets", "tracking")},
     "platform/instantbooth/model/**/*.py": ABOVE_MODEL,
     "platform/instantbooth/training/**/*.py": ["instantbooth.evaluation", "instantbooth.miniature"],
     "platform/instantbooth/engine/**/*.py": [

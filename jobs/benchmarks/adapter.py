@@ -19,7 +19,8 @@ from jobs import cli
 from jobs.benchmarks.goals import at_most, conclude
 from jobs.benchmarks.timing import machine, measure
 
-SD15_TOKENS = 257
+SD15_TOKENS = (257, 77)
+"""Of a reference image, and of a prompt."""
 REFERENCE_COUNTS = (1, 3, 5)
 MOST_OVER_BARE = 1.15
 
@@ -63,7 +64,7 @@ class WrittenOut(nn.Module):
 def adapter(options: cli.Flat[AdapterBenchmark]) -> None:
     """Prints the ratios and the medians behind them as JSON; exit status 1 where a goal is missed."""
     device, dtype = device_of(options.device), DTYPES[options.precision]
-    unet, tokens = (
+    unet, (tokens, prompt_tokens) = (
         (_full_size_unet(device, dtype), SD15_TOKENS) if options.full_size else _miniature_unet(device, dtype)
     )
     width = int(unet.config.cross_attention_dim)
@@ -71,7 +72,7 @@ def adapter(options: cli.Flat[AdapterBenchmark]) -> None:
     side, channels = int(unet.config.sample_size), int(unet.config.in_channels)
     rows = 2 * options.requests
     sample = torch.randn(rows, channels, side, side, device=device, dtype=dtype)
-    text = torch.randn(rows, 77, width, device=device, dtype=dtype)
+    text = torch.randn(rows, prompt_tokens, width, device=device, dtype=dtype)
     timesteps = torch.full((rows,), 500, device=device)
 
     def step(kwargs: dict[str, object] | None) -> Callable[[], None]:
@@ -133,9 +134,9 @@ def _concept(patch_features: Tensor) -> Concept:
     )
 
 
-def _miniature_unet(device: torch.device, dtype: torch.dtype) -> tuple[UNet2DConditionModel, int]:
+def _miniature_unet(device: torch.device, dtype: torch.dtype) -> tuple[UNet2DConditionModel, tuple[int, int]]:
     booth = Personalizer.from_pretrained("miniature", device=device, dtype=dtype)
-    return booth.base.unet, booth.image_encoder.num_tokens
+    return booth.base.unet, (booth.image_encoder.num_tokens, booth.base.tokenizer.model_max_length)
 
 
 def _full_size_unet(device: torch.device, dtype: torch.dtype) -> UNet2DConditionModel:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 from rich.progress import track
 
 from instantbooth import Personalizer
@@ -147,7 +148,7 @@ def _identical(
     requests = workload.identical(2 * max(sizes), (options.min_steps + options.max_steps) // 2)
     rates: dict[str, list[float]] = {}
     with _servers(booth, knee(seconds), {name: {"batch_size": size} for name, size in static.items()}) as servers:
-        for _ in track(range(options.repeats + 1), "identical requests"):
+        for _ in track(range(options.repeats + 1), "identical requests", console=Console(stderr=True)):
             for name, submit in servers.items():
                 rates.setdefault(name, []).append(at_once(submit, requests))
     medians = {name: statistics.median(each[1:]) for name, each in rates.items()}
@@ -174,7 +175,8 @@ def _arrivals(booth: Personalizer, workload: Workload, row_budget: int, options:
         for submit in servers.values():
             at_once(submit, requests[:batch])
         capacity = at_once(servers["serial"], requests[:CALIBRATION])
-        for load, (name, submit) in track(list(product(LOADS, servers.items())), "arrivals"):
+        turns = list(product(LOADS, servers.items()))
+        for load, (name, submit) in track(turns, "arrivals", console=Console(stderr=True)):
             loads.setdefault(load, {})[name] = replay(submit, requests, list(times / (load * capacity))).summary()
     return {
         "serial_images_per_second": round(capacity, 3),

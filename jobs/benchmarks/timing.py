@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from rich.console import Console
 from rich.progress import track
 
 
@@ -15,7 +16,7 @@ from rich.progress import track
 def measure(variants: dict[str, Callable[[], None]], repeats: int, device: torch.device) -> dict[str, float]:
     """Median seconds of each variant; the variants take turns, so that a busy moment meets them all."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for repeat in track(range(repeats + 1), "measuring"):
+    for repeat in track(range(repeats + 1), "measuring", console=Console(stderr=True)):
         for name, variant in variants.items():
             _wait(device)
             started = time.perf_counter()

@@ -10,13 +10,12 @@ import itertools
 import re
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from transformers import CLIPTokenizer
 
-from instantbooth.errors import BaseModelError, ImageError, ParameterError, PromptError
+from instantbooth.errors import ImageError, ParameterError, PromptError
 from instantbooth.images import ImageLimits, check_mask, decode_image, mask_coverage
 from instantbooth.prompts import CLASS_NOUNS, PLACEHOLDER_TOKEN, SUBJECT_FIELD, expand, tokenize_subject
 from pipelines.curation.duplicates import look_of
@@ -143,14 +142,6 @@ def part_areas(mask: Image.Image) -> list[int]:
             runs.append((start, end, joined))
         above = runs
     return sorted(areas.values(), reverse=True) or [0]
-
-
-def tokenizer_of(base: Path) -> CLIPTokenizer:
-    """The tokenizer of a Stable Diffusion folder. BaseModelError where it has none."""
-    try:
-        return CLIPTokenizer.from_pretrained(base / "tokenizer")
-    except (OSError, ValueError) as error:
-        raise BaseModelError(f"{base} has no tokenizer of CLIP's ({error}); name a Stable Diffusion folder") from error
 
 
 def png_of(mask: Image.Image) -> bytes:

@@ -1,5 +1,6 @@
 """What users get wrong is told at once, in the project's own errors, before any model runs."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -33,8 +34,7 @@ def concept(booth: Personalizer) -> Concept:
 @pytest.mark.parametrize(
     ("images", "masks", "noun", "error", "message"),
     [
-        ([], None, "person", ImageError, "0 reference images given; pass 1 to 16"),
-        ([portrait(0)[0]] * 17, None, "person", ImageError, "17 reference images"),
+        ([], None, "person", ImageError, "0 reference images given; pass at least 1"),
         (portrait(0)[0], None, "person", ImageError, "pass a list"),
         ([portrait(0)[0]], portrait(0)[1], "person", ImageError, "masks is Image; pass a list"),
         ([portrait(0)[0]], 1, "person", ImageError, "masks is int; pass a list"),
@@ -108,6 +108,23 @@ def test_folders(tiny: Path, booth: Personalizer, tmp_path: Path) -> None:
         save_file(tensors, copy / file, metadata={"format": "pt"})
         return copy
 
+    def with_tokenizer(name: str, **files: str) -> Path:
+        """A copy of the base whose tokenizer has these files alone."""
+        copy = tmp_path / name
+        shutil.copytree(tiny / "base", copy)
+        shutil.rmtree(copy / "tokenizer")
+        (copy / "tokenizer").mkdir()
+        for file, text in files.items():
+            (copy / f"tokenizer/{file}.json").write_text(text)
+        return copy
+
+    def with_long_prompts() -> Path:
+        copy = tmp_path / "long prompts"
+        shutil.copytree(tiny / "base", copy)
+        config = copy / "tokenizer/tokenizer_config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"model_max_length": 900}))
+        return copy
+
     def inpainting() -> Path:
         copy = tmp_path / "inpainting"
         shutil.copytree(tiny / "base", copy)
@@ -132,6 +149,15 @@ def test_folders(tiny: Path, booth: Personalizer, tmp_path: Path) -> None:
         (BaseModelError, "cannot be loaded as", {"base": spoiled("base", "unet/diffusion_pytorch_model.safetensors")}),
         (BaseModelError, "cannot be loaded as", {"base": spoiled("base", "scheduler/scheduler_config.json")}),
         (BaseModelError, "Stable Diffusion XL folder", {"base": xl}),
+        (BaseModelError, "cannot be loaded as", {"base": spoiled("base", "vae/diffusion_pytorch_model.safetensors")}),
+        (BaseModelError, "does not say how long a prompt may be", {"base": with_tokenizer("no tokenizer")}),
+        (BaseModelError, "holds no tokenizer of CLIP's", {"base": with_tokenizer("a list", tokenizer="[]")}),
+        (
+            BaseModelError,
+            "holds no tokenizer of CLIP's",
+            {"base": with_tokenizer("another's", tokenizer='{"version": "1.0"}')},
+        ),
+        (BaseModelError, "takes 900 tokens, its text encoder 24", {"base": with_long_prompts()}),
         (BaseModelError, "takes 9 channels and gives 4", {"base": inpainting()}),
         (BaseModelError, "lack 1 tensors", {"base": without_one_tensor("base", "text_encoder/model.safetensors")}),
         (
@@ -142,6 +168,8 @@ def test_folders(tiny: Path, booth: Personalizer, tmp_path: Path) -> None:
         (WeightsError, "lack 1 tensors", {"image_encoder": without_one_tensor("clip", "model.safetensors")}),
         (WeightsError, "model is NoneType; name a preset or a folder", {"base": None}),
         (ParameterError, "device 'gpu' is unknown", {"device": "gpu"}),
+        (ParameterError, "device is 'mps', which torch cannot use here", {"device": "mps"}),
+        (ParameterError, "device is 'cuda:7', which torch cannot use here", {"device": "cuda:7"}),
         (WeightsError, "comes without trained weights", {"weights": None}),
     ]
     for error, message, arguments in cases:
@@ -180,6 +208,20 @@ def test_damaged_concepts(concept: Concept, tmp_path: Path) -> None:
     save_file({"x": torch.zeros(1)}, path)
     with pytest.raises(ConceptError, match="holds no concept"):
         Concept.load(path)
+    metadata = {"format": "instantbooth-concept-1", "image_digests": "[]"}
+    metadata |= dict.fromkeys(("class_noun", "encoder_digest", "created"), "")
+    tensors = {"concept_embedding": torch.zeros(1, 8), "patch_features": torch.zeros(3, 8)}
+    for changed, header in (
+        ({"concept_embedding": torch.zeros(8)}, {}),
+        ({"patch_features": torch.zeros(3, 9)}, {}),
+        ({}, {"image_digests": "5"}),
+    ):
+        save_file(tensors | changed, path, metadata=metadata | header)
+        with pytest.raises(ConceptError, match="cannot be read as a concept"):
+            Concept.load(path)
+    for json_header in (b"[]", b'{"__metadata__": null}'):
+        with pytest.raises(ConceptError, match="cannot be read as a concept"):
+            Concept.from_bytes(len(json_header).to_bytes(8, "little") + json_header)
     with pytest.raises(ConceptError, match="None cannot be read as a concept"):
         Concept.load(None)  # type: ignore[arg-type]
     with pytest.raises(ConceptError, match="name a file in a folder that exists"):

@@ -9,12 +9,23 @@ from instantbooth import Concept, Personalizer
 from instantbooth.errors import ConceptError
 from instantbooth.model.adapter import References, adapter_kwargs, attach, detach
 from instantbooth.model.conditioning import batch_references, concept_keys_values
+from instantbooth.model.denoise import denoise
 from instantbooth.model.personalizer import Request
 from instantbooth.model.subjects import SubjectEncoder
 from instantbooth.prompts import expand, tokenize_subject
 from tests.tiny import portrait, tiny_booth
 
 PROMPT = "a photo of a {subject} at the beach"
+MIXED_PROMPTS = [PROMPT, "a watercolor of a {subject}", "a {subject} wearing a crown"]
+MIXED: dict[str, list[object]] = {
+    "num_inference_steps": [4, 6, 5],
+    "guidance_scale": [3.0, 1.0, 7.5],
+    "negative_prompt": ["", "a cat", ""],
+    "adapter_scale": [1.0, 0.4, 0.7],
+    "concept_scale": [0.5, 1.0, 0.8],
+    "sampler": ["ddim", "euler", "dpmsolver++"],
+    "seed": [1, 2, 3],
+}
 
 
 @pytest.fixture(scope="module")
@@ -29,17 +40,15 @@ def encode(booth: Personalizer, seeds: range | list[int], noun: str = "person") 
 
 
 def mixed_requests(booth: Personalizer, concepts: list[Concept]) -> list[Request]:
-    return booth.requests(
-        [PROMPT, "a watercolor of a {subject}", "a {subject} wearing a crown"],
-        concepts,
-        num_inference_steps=[4, 6, 5],
-        guidance_scale=[3.0, 1.0, 7.5],
-        negative_prompt=["", "a cat", ""],
-        adapter_scale=[1.0, 0.4, 0.7],
-        concept_scale=[0.5, 1.0, 0.8],
-        sampler=["ddim", "euler", "dpmsolver++"],
-        seed=[1, 2, 3],
-    )
+    return booth.requests(MIXED_PROMPTS, concepts, **MIXED)
+
+
+def each_asked_for_alone(booth: Personalizer, concepts: list[Concept]) -> list[Request]:
+    return [
+        request
+        for row, (prompt, concept) in enumerate(zip(MIXED_PROMPTS, concepts, strict=True))
+        for request in booth.requests(prompt, concept, **{name: values[row] for name, values in MIXED.items()})
+    ]
 
 
 def unet_inputs(booth: Personalizer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -78,20 +87,17 @@ def test_open_gates_change_the_picture(booth: Personalizer, concepts: list[Conce
 
 def test_adapter_scale_zero_is_the_base_with_the_concept_token_alone(tiny: Path, concepts: list[Concept]) -> None:
     booth = tiny_booth(tiny)
-    requests = booth.requests([PROMPT] * 2, concepts[:2], adapter_scale=0, num_inference_steps=4, **defaults())
-    known = {c.digest: concept_keys_values(booth.trained.adapters, c) for c in concepts[:2]}
-    rows = booth.rows(requests)
-    text = torch.stack([row.prompt_embeds for row in rows])
-    inputs = (torch.stack([row.latents for row in rows]), torch.tensor([500, 500]), text)
-    references = batch_references([known[c.digest] for c in concepts[:2]], torch.zeros(2))
-    with torch.no_grad():
-        scaled = booth.base.unet(*inputs, cross_attention_kwargs=adapter_kwargs(references)).sample
-        detach(booth.base.unet)
-        assert torch.equal(scaled, booth.base.unet(*inputs).sample)
-
-
-def defaults() -> dict[str, object]:
-    return {"guidance_scale": None, "negative_prompt": None, "concept_scale": None, "sampler": None, "seed": 0}
+    off, on = (
+        booth.requests([PROMPT] * 2, concepts[:2], adapter_scale=scale, num_inference_steps=4, **rest())
+        for scale in (0, 1)
+    )
+    scaled, adapted = booth.sample(off), booth.sample(on)
+    assert not torch.equal(scaled, adapted)
+    detach(booth.base.unet)
+    with torch.inference_mode():
+        for bare in denoise(booth.base.unet, booth.rows(off)):
+            pass
+    assert torch.equal(scaled, bare)
 
 
 @pytest.mark.parametrize("tail", ["", " at the beach", " at the beach" * 12], ids=["short", "usual", "cut off"])
@@ -147,7 +153,7 @@ def rest() -> dict[str, object]:
 def test_a_mixed_batch_equals_each_row_alone(booth: Personalizer, concepts: list[Concept]) -> None:
     requests = mixed_requests(booth, concepts)
     together = booth.sample(requests)
-    alone = torch.cat([booth.sample([request]) for request in requests])
+    alone = torch.cat([booth.sample([request]) for request in each_asked_for_alone(booth, concepts)])
     assert (together - alone).abs().max() <= 1e-4
 
 

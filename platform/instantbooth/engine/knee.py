@@ -11,12 +11,13 @@ from instantbooth import Concept, Personalizer
 from instantbooth.model.adapter import KeysValues
 from instantbooth.model.denoise import Row, RowBatch
 from instantbooth.model.samplers import sampler_table
-from instantbooth.model.subjects import MAX_REFERENCES
 
 NEAR_BEST = 0.95
 """The knee is the smallest number of rows that reaches this share of the best rows per second."""
 TYPICAL_REFERENCES = 3
 """Reference images of the subjects that are measured."""
+MOST_REFERENCES = 16
+"""Of the subjects for whom memory must suffice, as many as a manifest's row may have."""
 
 
 def measure_steps(
@@ -30,7 +31,7 @@ def measure_steps(
     """
     seconds: dict[int, float] = {}
     started = time.perf_counter()
-    typical, largest = (_keys_values(booth, references) for references in (TYPICAL_REFERENCES, MAX_REFERENCES))
+    typical, largest = (_keys_values(booth, references) for references in (TYPICAL_REFERENCES, MOST_REFERENCES))
     rows = 1
     while rows <= max_rows and (not seconds or time.perf_counter() - started < patience_s):
         try:

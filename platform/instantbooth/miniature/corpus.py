@@ -7,11 +7,13 @@ import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.console import Console
 from rich.progress import track
 
 from instantbooth.errors import ParameterError, did_you_mean
@@ -21,6 +23,20 @@ SPLITS = {"pretraining": 0, "judging": 1, "judging-held-out": 2, "validation": 3
 """Each split draws its identities and scenes from seeds of its own."""
 SEEDS_PER_SPLIT = 10_000_000
 CLASS_NOUNS = tuple(NOUNS)
+RENDERER = (
+    "backgrounds",
+    "cat",
+    "corpus",
+    "drawing",
+    "hair",
+    "identity",
+    "person",
+    "scene",
+    "styles",
+    "wardrobe",
+    "world",
+)
+"""The modules that pictures depend on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,14 +91,15 @@ def labels_of(attributes: dict[str, str]) -> list[int]:
 
 def render_corpus(split: str, identities: int, pictures_each: int, folder: Path) -> Corpus:
     """Renders `identities` × `pictures_each` pictures on all cores, or reads them from `folder` where they lie."""
-    path = folder / f"{split}-{identities}x{pictures_each}.npz"
+    path = folder / f"{split}-{identities}x{pictures_each}-{_renderer()}.npz"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         numbers = range(identities)
         job = partial(_render_identity, split, pictures_each)
         with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
             done = pool.map(job, numbers, chunksize=32)
-            rows = [row for batch in track(done, f"rendering {split}", total=identities) for row in batch]
+            bar = track(done, f"rendering {split}", total=identities, console=Console(stderr=True))
+            rows = [row for batch in bar for row in batch]
         images, masks, seeds, labels, words = zip(*rows, strict=True)
         temporary = path.with_suffix(".partial.npz")
         np.savez(
@@ -105,6 +122,12 @@ def render_corpus(split: str, identities: int, pictures_each: int, folder: Path)
             nouns=nouns,
             descriptions=descriptions,
         )
+
+
+def _renderer() -> str:
+    """Changes with the code that draws."""
+    sources = (Path(__file__).with_name(f"{name}.py").read_bytes() for name in RENDERER)
+    return sha256(b"".join(sources)).hexdigest()[:8]
 
 
 _Row = tuple[NDArray[np.uint8], NDArray[np.uint8], int, list[int], tuple[str, str, str]]

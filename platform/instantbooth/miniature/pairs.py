@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from instantbooth.errors import ParameterError
 from instantbooth.miniature.autoencoder import encode_latents
 from instantbooth.miniature.corpus import Corpus
 from instantbooth.miniature.crops import subject_crops
+from instantbooth.model.weights import tensors_digest
 from instantbooth.training.adapters import AdapterTrainingConfig
 from instantbooth.training.loop import LoopConfig
 
@@ -41,7 +43,8 @@ class Pairs:
 
 def corpus_latents(corpus: Corpus, vae: AutoencoderKL, folder: Path) -> Tensor:
     """The corpus's scaled latents [N, C, h, w], encoded once and kept in `folder`."""
-    path = folder / f"latents-{len(corpus)}.safetensors"
+    made_of = sha256(corpus.images.tobytes() + tensors_digest(vae.state_dict()).encode()).hexdigest()
+    path = folder / f"latents-{len(corpus)}-{made_of[:8]}.safetensors"
     if not path.exists():
         encoded = encode_latents(vae, torch.from_numpy(corpus.images)) * vae.config.scaling_factor
         partial = path.with_suffix(".partial")

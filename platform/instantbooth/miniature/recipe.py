@@ -40,6 +40,8 @@ from instantbooth.prompts import PLACEHOLDER_TOKEN, SUBJECT_FIELD, expand, inser
 from instantbooth.training.adapters import AdapterObjective, AdapterTrainingConfig, Draws, draw
 from instantbooth.training.loop import LoopConfig, train
 
+BEGUN = "begun"
+"""Where the record keeps the stage that is under way, and its seconds so far."""
 RECORD = "RECORD.json"
 """What made the models beside it, stage by stage."""
 
@@ -168,35 +170,46 @@ def build(folder: Path, recipe: Recipe, *, device: torch.device) -> dict[str, An
     record_path = workshop.models / RECORD
     record: dict[str, Any] = json.loads(record_path.read_text()) if record_path.exists() else {}
     _check_recipe(record, recipe, folder)
-    record["made_by"] = {"command": "python -m jobs.build_miniature", "recipe": asdict(recipe)}
+    record["made_by"] = {"command": _command(recipe), "recipe": asdict(recipe)}
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     for name, stage in STAGES.items():
         if name not in record:
+            before = record.setdefault(BEGUN, {}).setdefault(name, 0.0)
+            _write(record, record_path)
             torch.manual_seed(0)
             started = time.perf_counter()
-            figures = stage(workshop)
-            record[name] = {
-                **figures,
-                "seconds_of_the_last_sitting": round(time.perf_counter() - started),
-                "machine": machine,
-                "torch": torch.__version__,
-            }
-        record_path.parent.mkdir(parents=True, exist_ok=True)
-        partial = record_path.with_suffix(".partial")
-        partial.write_text(json.dumps(record, indent=2) + "\n")
-        partial.rename(record_path)
+            try:
+                figures = stage(workshop)
+            finally:
+                record[BEGUN][name] = before + time.perf_counter() - started
+                _write(record, record_path)
+            seconds = round(record.pop(BEGUN)[name])
+            record[name] = {**figures, "seconds": seconds, "machine": machine, "torch": torch.__version__}
+        _write(record, record_path)
     return record
+
+
+def _write(record: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(record, indent=2) + "\n")
+    partial.rename(path)
+
+
+def _command(recipe: Recipe) -> str:
+    named = (f"recipe:{name}" for name, known in RECIPES.items() if known == recipe)
+    return f"python -m jobs.build_miniature {next(named, 'with this recipe')}"
 
 
 def _check_recipe(record: dict[str, Any], recipe: Recipe, folder: Path) -> None:
     """What is recorded as the recipe must be what made the models, stages of earlier calls included."""
     asked = json.loads(json.dumps(asdict(recipe)))
     for stage in STAGES:
-        for name in SETTINGS[stage] if stage in record else ():
+        for name in SETTINGS[stage] if stage in record or stage in record.get(BEGUN, {}) else ():
             made = record["made_by"]["recipe"].get(name)
             if made != asked[name]:
                 raise ParameterError(
-                    f"{folder} holds the stage {stage!r} made with {name} {made}, asked is {asked[name]}; "
+                    f"{folder} holds the stage {stage!r} with {name} {made}, asked is {asked[name]}; "
                     "repeat its options, or name another output folder"
                 )
 

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from instantbooth.errors import BaseModelError, ParameterError
 from instantbooth.model.loading import load_whole
@@ -37,7 +38,7 @@ class BaseModel:
         folder = locate(name_or_path)
         check_layout(folder)
         try:
-            tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+            tokenizer = load_tokenizer(folder)
             text_encoder = load_whole(CLIPTextModel, folder / "text_encoder", dtype=dtype)
             vae = load_whole(AutoencoderKL, folder / "vae", torch_dtype=dtype)
             unet = load_whole(UNet2DConditionModel, folder / "unet", torch_dtype=dtype)
@@ -45,6 +46,12 @@ class BaseModel:
             schedule = NoiseSchedule.from_config(scheduler)
         except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
             raise BaseModelError(f"{folder} cannot be loaded as Stable Diffusion 1.x: {error}") from error
+        longest = text_encoder.config.max_position_embeddings
+        if tokenizer.model_max_length > longest:
+            raise BaseModelError(
+                f"{folder}'s tokenizer takes {tokenizer.model_max_length} tokens, its text encoder {longest}; "
+                "correct model_max_length in tokenizer/tokenizer_config.json"
+            )
         channels = (unet.config.in_channels, unet.config.out_channels, vae.config.latent_channels)
         if len(set(channels)) > 1:
             raise BaseModelError(
@@ -106,14 +113,36 @@ class BaseModel:
         return pictures
 
 
+def load_tokenizer(folder: Path) -> CLIPTokenizer:
+    """The tokenizer of a Stable Diffusion folder. BaseModelError where it has none."""
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    # The tokenizers library raises plain Exceptions.
+    except Exception as error:
+        raise BaseModelError(
+            f"{folder} holds no tokenizer of CLIP's ({error}); name a Stable Diffusion folder"
+        ) from error
+    if tokenizer.model_max_length >= VERY_LARGE_INTEGER:
+        raise BaseModelError(
+            f"{folder / 'tokenizer'} does not say how long a prompt may be; give its tokenizer_config.json a "
+            "model_max_length"
+        )
+    return tokenizer
+
+
 def device_of(device: str | torch.device | None) -> torch.device:
     """The named one, else a GPU where there is one. ParameterError for one that this machine has not."""
     try:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
         raise ParameterError(f"device {device!r} is unknown; pass 'cpu', 'cuda' or 'cuda:1'") from error
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ParameterError(f"device is {str(device)!r}, and torch finds no GPU here; pass 'cpu'")
+    try:
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ParameterError(
+            f"device is {str(device)!r}, which torch cannot use here ({reason}); pass 'cpu', or a GPU that there is"
+        ) from error
     return chosen
 
 

@@ -95,15 +95,18 @@ class Concept:
             metadata, tensors = _metadata(data), load(data)
             if metadata.get("format") != FORMAT:
                 raise ConceptError(f"{name} holds no concept; name a file written by Concept.save")
+            embedding, features = tensors["concept_embedding"], tensors["patch_features"]
+            if features.ndim != 2 or embedding.shape != (1, features.shape[1]):
+                raise ValueError(f"an embedding {list(embedding.shape)} with features {list(features.shape)}")
             return cls(
-                concept_embedding=tensors["concept_embedding"],
-                patch_features=tensors["patch_features"],
+                concept_embedding=embedding,
+                patch_features=features,
                 class_noun=metadata["class_noun"],
                 encoder_digest=metadata["encoder_digest"],
                 image_digests=tuple(json.loads(metadata["image_digests"])),
                 created=metadata["created"],
             )
-        except (SafetensorError, KeyError, ValueError) as error:
+        except (SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise ConceptError(f"{name} cannot be read as a concept ({error}); encode the subject again") from error
 
     def save(self, path: str | Path) -> None:

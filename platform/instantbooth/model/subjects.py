@@ -21,8 +21,6 @@ from instantbooth.model.weights import load_weights, tensors_digest, trained_par
 from instantbooth.presets import ModelPreset
 from instantbooth.prompts import class_of
 
-MAX_REFERENCES = 16
-
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
@@ -157,8 +155,8 @@ def _check_references(
 ) -> list[tuple[Image.Image, Image.Image | None]]:
     if isinstance(images, Image.Image) or not isinstance(images, Sequence):
         raise ImageError(f"images is {type(images).__name__}; pass a list of PIL images")
-    if not 1 <= len(images) <= MAX_REFERENCES:
-        raise ImageError(f"{len(images)} reference images given; pass 1 to {MAX_REFERENCES}")
+    if not images:
+        raise ImageError("0 reference images given; pass at least 1")
     if masks is not None and (isinstance(masks, Image.Image) or not isinstance(masks, Sequence)):
         raise ImageError(f"masks is {type(masks).__name__}; pass a list of PIL images, one for each image")
     if masks is not None and len(masks) != len(images):

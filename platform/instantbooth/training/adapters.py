@@ -17,7 +17,7 @@ from transformers import CLIPTokenizer
 from instantbooth.errors import BaseModelError, ParameterError
 from instantbooth.images import Augmentation, augment, crop_subject, mask_background
 from instantbooth.model.adapter import References, adapter_kwargs
-from instantbooth.model.base import BaseModel, locate
+from instantbooth.model.base import BaseModel, load_tokenizer, locate
 from instantbooth.model.conditioning import inject
 from instantbooth.model.encoders import resize_to_bytes
 from instantbooth.model.objective import add_noise, denoising_loss, draw_timesteps, subject_weights
@@ -130,7 +130,7 @@ class ExamplePreparer:
             unet = json.loads((folder / "unet" / "config.json").read_text())
             vae = json.loads((folder / "vae" / "config.json").read_text())
             vision = json.loads((clip / "config.json").read_text())
-            tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+            tokenizer = load_tokenizer(folder)
         except (OSError, ValueError) as error:
             raise BaseModelError(f"{folder} or {clip} cannot be read ({error}); name model folders") from error
         return cls(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Generator, Tensor, nn
 
@@ -125,7 +126,7 @@ def _descend(
     ema = EMA(parameters, config.ema_decay)
     losses = _restore(checkpoint, config, parameters, optimizer, ema, device) if checkpoint.exists() else []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress:
+    with Progress(*columns, console=Console(stderr=True)) as progress:
         bar = progress.add_task(name, total=config.steps, completed=len(losses))
         steps = range(len(losses), config.steps)
         drawn = batches(steps)
