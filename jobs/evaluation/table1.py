@@ -96,7 +96,11 @@ def rows_of(protocol: Protocol, entrants: Sequence[Entrant]) -> dict[str, dict[s
 
 def judge_all(protocol: Protocol, entrants: Sequence[Entrant]) -> list[Judged]:
     """Makes what is missing, and judges it."""
-    made = sweep(protocol, entrants)
+    return judge_made(protocol, entrants, sweep(protocol, entrants))
+
+
+def judge_made(protocol: Protocol, entrants: Sequence[Entrant], made: Mapping[str, list[Cell]]) -> list[Judged]:
+    """Judges what `sweep` made of the protocol's subjects, whatever references it was given of them."""
     judges, cases = protocol.judges(), protocol.cases()
     gallery = protocol.judged_against(judges)
     return [
