@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import fields, replace
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -17,7 +17,6 @@ from instantbooth.evaluation.ablations import ABLATIONS, FULL
 from instantbooth.miniature.recipe import RECORD
 from instantbooth.training.adapters import AdapterTrainingConfig
 from jobs.evaluation.ablations import Ablations, ablations, beside, entrants_of, train_missing, verdicts
-from jobs.evaluation.report import Report, report
 from jobs.evaluation.sweep import folder_digest
 
 ROWS = ("before-text-encoder", "image-encoder-tuned", "unet-tuned", "one-image")
@@ -32,7 +31,7 @@ def small(folder: Path) -> Ablations:
         pictures=8,
         training=AdapterTrainingConfig(steps=2, batch_size=2, warmup_steps=0),
         split="validation",
-        identities=2,
+        identities=1,
         gallery=4,
         references=2,
         prompts_per_kind=1,
@@ -99,17 +98,11 @@ def test_a_table_is_trained_and_made_once_and_goes_on_where_it_stopped(
     assert len({row["digest"] for row in rows.values()}) == 4
 
     cells = sorted((tmp_path / "eval" / "cells").rglob("cell.json"))
-    assert len(cells) == 5 * 2
+    assert len(cells) == 5
     before = {path: path.stat().st_mtime_ns for path in cells}
     cells[3].unlink()
-    shared = {each.name: getattr(options, each.name) for each in fields(Report) if hasattr(options, each.name)}
     ablations(options)
     assert [path for path in cells if path.stat().st_mtime_ns != before[path]] == [cells[3]]
-
-    report(Report(**shared, methods=("instantbooth",), shown=1))
-    page = (tmp_path / "eval" / "report.html").read_text()
-    assert all(ABLATIONS[name].title in page for name in ROWS)
-    assert beside(rows["unet-tuned"], "alignment") in page
 
 
 def test_the_papers_own_figures_would_be_ticked_in_every_row() -> None:
