@@ -1,7 +1,8 @@
 """Judges models: `miniature` the shipped one beside its bars, `table1` all methods on the same subjects.
 
 `tune` finds the methods' settings on validation identities, `frontier` and `references` vary InstantBooth's strengths
-and number of pictures, `report` makes a page of it all. What one run finished the next one finds.
+and number of pictures, `ablations` trains it with one part changed after the other, `report` makes a page of it all.
+What one run finished the next one finds.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from instantbooth.miniature.corpus import render_corpus
 from instantbooth.miniature.judging import attribute_accuracy, verification_auc
 from instantbooth.presets import miniature_folder, miniature_preset
 from jobs import cli
+from jobs.evaluation.ablations import ablations
 from jobs.evaluation.frontier import frontier
 from jobs.evaluation.references import references
 from jobs.evaluation.report import report
@@ -106,6 +108,7 @@ COMMANDS = {
     "tune": tune,
     "frontier": frontier,
     "references": references,
+    "ablations": ablations,
     "report": report,
 }
 

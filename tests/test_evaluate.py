@@ -54,8 +54,14 @@ def test_a_table_is_made_once_and_resumed_cell_by_cell(ray_session: None, tmp_pa
     assert 0 <= rows["instantbooth"]["prompt_accuracy"]["low"] <= rows["instantbooth"]["prompt_accuracy"]["high"] <= 1
 
     page_options = {each.name: getattr(options, each.name) for each in fields(options)}
+    reported = {"alignment": 0.3142, "reconstruction": 0.7265}
+    verdict = {"alignment": "agrees", "reconstruction": "higher here"}
+    row = rows["instantbooth"] | {"title": "U-Net tuned", "reported": reported, "verdict": verdict}
+    made = json.loads((tmp_path / "table1.json").read_text())["made_by"] | {"training": {"steps": 7}}
+    (tmp_path / "ablations.json").write_text(json.dumps({"made_by": made, "rows": {"unet-tuned": row}}))
     report(Report(**page_options, shown=1))
     page = (tmp_path / "report.html").read_text()
+    assert all(words in page for words in ("U-Net tuned", "0.3142 ✓", "0.7265 higher here", "trained 7 steps"))
     assert page.count("<img") == 2 * (2 + 5 * 2), "two subjects with two references, five prompts and two methods each"
     assert "data:image/jpeg" in page
     assert "http" not in page, "the page loads nothing"

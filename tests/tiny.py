@@ -70,9 +70,9 @@ def tiny_model(folder: Path) -> Path:
     return folder
 
 
-def tiny_booth(folder: Path) -> Personalizer:
+def tiny_booth(folder: Path, personalizer: type[Personalizer] = Personalizer) -> Personalizer:
     """The tiny model with trained parts drawn at random, gates open."""
-    booth = Personalizer.untrained(folder / "base", image_encoder=folder / "clip", device="cpu")
+    booth = personalizer.untrained(folder / "base", image_encoder=folder / "clip", device="cpu")
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in booth.trained.parameters():

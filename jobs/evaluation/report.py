@@ -10,9 +10,10 @@ from typing import Any
 from instantbooth.evaluation.cases import Case
 from instantbooth.evaluation.figures import COLUMNS, TIMES, ranked
 from instantbooth.prompts import SUBJECT_FIELD
-from instantbooth.storage import open_store
+from instantbooth.storage import ObjectStore, open_store
 from instantbooth.tracking import open_run
 from jobs import cli
+from jobs.evaluation import ablations
 from jobs.evaluation.frontier import PLOT
 from jobs.evaluation.table1 import FILE as TABLE
 from jobs.evaluation.table1 import REFERENCE, REPORTED, Judged, Table1, judge_all, made_by, table_rows
@@ -35,7 +36,7 @@ class Report(Table1):
 
 
 def report(options: cli.Flat[Report]) -> None:
-    """Writes report.html, from the cells of table1 and the plot of frontier, where that has been made."""
+    """Writes report.html, from the cells of table1 and what frontier and ablations made, where they have been run."""
     options.check(options.methods)
     judged = judge_all(options, options.entrants)
     rows = table_rows(judged)
@@ -50,6 +51,7 @@ def report(options: cli.Flat[Report]) -> None:
         best=best,
         made_by=made,
         plot=store.get(PLOT).decode() if store.exists(PLOT) else None,
+        ablations=_ablations(store),
         ranked_by=rows[ranking_method(options.methods)]["title"],
         cases=_shown(options, judged),
         settings=json.dumps({name: [row["settings"], row["digest"]] for name, row in rows.items()}, indent=2),
@@ -59,6 +61,22 @@ def report(options: cli.Flat[Report]) -> None:
     if options.tracking_uri is not None:
         _track(options, rows, page)
     print(store.uri(PAGE))
+
+
+def _ablations(store: ObjectStore) -> dict[str, Any] | None:
+    """Headings and rows of the ablations' table."""
+    if not store.exists(ablations.FILE):
+        return None
+    found = json.loads(store.get(ablations.FILE))
+    return {
+        "made_by": found["made_by"],
+        "columns": {column: COLUMNS[column] for column in ablations.SHOWN},
+        "reported": {column: COLUMNS[column] for column in ablations.REPORTED},
+        "rows": [
+            row | {"beside": {column: ablations.beside(row, column) for column in ablations.REPORTED}}
+            for row in found["rows"].values()
+        ],
+    }
 
 
 def best_of(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:

@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from instantbooth import Personalizer
 from instantbooth.errors import ParameterError
 from instantbooth.evaluation.cases import Case
 from instantbooth.evaluation.cells import Cell, Cells, evaluate
@@ -49,6 +50,8 @@ class Entrant:
         if isinstance(own, IPAdapterConfig):
             folders += [self.parts.ip_adapter / own.variant, locate(models.image_encoder)]
         named = [asdict(own), asdict(self.parts.sampling), [folder_digest(folder) for folder in folders]]
+        if self.parts.personalizer is not Personalizer:
+            named.append(self.parts.personalizer.__name__)
         return sha256(json.dumps(named).encode()).hexdigest()[:DIGEST_LENGTH]
 
 

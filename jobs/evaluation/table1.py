@@ -96,7 +96,11 @@ def rows_of(protocol: Protocol, entrants: Sequence[Entrant]) -> dict[str, dict[s
 
 def judge_all(protocol: Protocol, entrants: Sequence[Entrant]) -> list[Judged]:
     """Makes what is missing, and judges it."""
-    made = sweep(protocol, entrants)
+    return judge_made(protocol, entrants, sweep(protocol, entrants))
+
+
+def judge_made(protocol: Protocol, entrants: Sequence[Entrant], made: Mapping[str, list[Cell]]) -> list[Judged]:
+    """Judges what `sweep` made of the protocol's subjects, whatever references it was given of them."""
     judges, cases = protocol.judges(), protocol.cases()
     gallery = protocol.judged_against(judges)
     return [
@@ -152,14 +156,19 @@ def show(rows: dict[str, dict[str, Any]]) -> None:
     columns = [column for column in COLUMNS if any(column in row for row in rows.values())]
     table = Table("method", *(COLUMNS[column] for column in columns), *TIMES.values())
     for row in rows.values():
-        figures = [_figure(row[column]) for column in columns]
+        figures = [figure(row[column]) for column in columns]
         times = [_time(row, column) for column in TIMES]
         table.add_row(row["title"], *figures, *times)
-    # A log file has no width of its own, and 80 columns cut the figures.
-    Console(width=None if sys.stdout.isatty() else WIDTH).print(table)
+    console().print(table)
 
 
-def _figure(interval: dict[str, float]) -> str:
+def console() -> Console:
+    """Where tables are printed. A log file has no width of its own, and 80 columns cut the figures."""
+    return Console(width=None if sys.stdout.isatty() else WIDTH)
+
+
+def figure(interval: Mapping[str, float]) -> str:
+    """A mean with half the width of its interval."""
     return f"{interval['mean']:.3f} ± {(interval['high'] - interval['low']) / 2:.3f}"
 
 

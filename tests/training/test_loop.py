@@ -100,3 +100,22 @@ def test_a_process_that_fails_ends_the_training(tmp_path: Path, elsewhere: Proce
 def test_processes_that_do_not_divide_a_batch_are_refused() -> None:
     with pytest.raises(ParameterError, match="3 and 8"):
         replace(CONFIG, processes=3)
+
+
+def test_a_parameter_moves_by_its_multiple_of_the_learning_rate(tmp_path: Path) -> None:
+    module = nn.Linear(1, 1)
+    nn.init.zeros_(module.weight)
+    nn.init.zeros_(module.bias)
+    config = replace(CONFIG, steps=1, weight_decay=0.0)
+
+    def loss(inputs: Tensor) -> Tensor:
+        return (module(inputs) - 1).square().mean()
+
+    def ones(examples: int, generator: Generator) -> Tensor:
+        return torch.ones(examples, 1)
+
+    multiples = {module.bias: 0.1}
+    train("line", module, ones, loss, config, folder=tmp_path, device=torch.device("cpu"), multiples=multiples)
+    # Adam's first step is as long as the rate.
+    assert module.weight.item() > 0
+    assert module.bias.item() == pytest.approx(0.1 * module.weight.item(), rel=1e-3)

@@ -18,8 +18,10 @@ ROTATION = math.radians(15)
 STRETCH = 0.1
 
 
-def subject_crops(images: Tensor, masks: Tensor, generator: Generator | None, *, augment: bool = True) -> Tensor:
-    """The subjects alone: float [B, 3, 64, 64] in 0 … 1, black where there is no subject.
+def subject_crops(
+    images: Tensor, masks: Tensor, generator: Generator | None, *, augment: bool = True, masked: bool = True
+) -> Tensor:
+    """The subjects alone: float [B, 3, 64, 64] in 0 … 1, black where there is no subject, unless not `masked`.
 
     `images` is uint8 [B, H, W, 3]; `masks` uint8 [B, H, W], above 127 where the subject is (where nowhere, the whole
     picture is the crop, and black). Each crop is the square around the subject. With `augment`, half of the crops keep
@@ -29,7 +31,9 @@ def subject_crops(images: Tensor, masks: Tensor, generator: Generator | None, *,
     """
     height, width = masks.shape[1:]
     subject = masks > 127
-    pixels = images.permute(0, 3, 1, 2).float() / 255 * subject[:, None]
+    pixels = images.permute(0, 3, 1, 2).float() / 255
+    if masked:
+        pixels = pixels * subject[:, None]
     left, right = _extent(subject.any(dim=1))
     top, bottom = _extent(subject.any(dim=2))
     half = torch.maximum(right - left, bottom - top) * (0.5 + MARGIN)

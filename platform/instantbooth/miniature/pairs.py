@@ -23,8 +23,9 @@ from instantbooth.training.loop import LoopConfig
 class Pairs:
     """Targets as latents, and their subjects cut out, masked and augmented."""
 
-    def __init__(self, corpus: Corpus, latents: Tensor) -> None:
-        """`latents` [N, C, h, w] are the corpus's, scaled."""
+    def __init__(self, corpus: Corpus, latents: Tensor, *, masked: bool = True) -> None:
+        """`latents` [N, C, h, w] are the corpus's, scaled. Not `masked`, the crops keep their background."""
+        self.masked = masked
         self.corpus = corpus
         self.latents = latents
         self._images, self._masks = torch.from_numpy(corpus.images), torch.from_numpy(corpus.masks)
@@ -35,7 +36,7 @@ class Pairs:
         That is `latents` [B, C, h, w], `reference_pixels` [B, 3, 64, 64] and `subject_mask` [B, 1, h, w].
         """
         rows = torch.randint(len(self.corpus), (examples,), generator=generator)
-        crops = subject_crops(self._images[rows], self._masks[rows], generator)
+        crops = subject_crops(self._images[rows], self._masks[rows], generator, masked=self.masked)
         latents = self.latents[rows]
         covered = F.interpolate(self._masks[rows, None].float() / 255, size=list(latents.shape[-2:]), mode="area")
         return rows.tolist(), {"latents": latents, "reference_pixels": crops, "subject_mask": covered}

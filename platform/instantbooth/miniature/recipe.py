@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from instantbooth.config import GenerationDefaults
@@ -317,7 +317,8 @@ def _build_adapters(shop: Workshop) -> dict[str, float]:
         device=shop.device,
     )
     corpus = shop.adapter_corpus()
-    losses = train_adapters(booth, corpus, shop.latents(corpus), shop.recipe.adapters, folder=shop.checkpoints)
+    objective = AdapterObjective(booth, shop.recipe.adapters)
+    losses = train_adapters(objective, Pairs(corpus, shop.latents(corpus)), folder=shop.checkpoints)
     booth.save_weights(shop.models / "adapters")
     return _last_loss(losses)
 
@@ -372,11 +373,17 @@ SETTINGS: dict[str, tuple[str, ...]] = {
 
 
 def train_adapters(
-    booth: Personalizer, corpus: Corpus, latents: Tensor, config: AdapterTrainingConfig, *, folder: Path
+    objective: AdapterObjective,
+    pairs: Pairs,
+    *,
+    folder: Path,
+    multiples: Mapping[nn.Parameter, float] | None = None,
 ) -> list[float]:
-    """The method's training on one machine, from rendered pairs and their latents; leaves the averaged weights."""
-    objective = AdapterObjective(booth, config)
-    pairs = Pairs(corpus, latents)
+    """The method's training on one machine, from rendered pairs; leaves the averaged weights.
+
+    `multiples` are of the learning rate, for parameters with another one. Returns the loss of every step.
+    """
+    booth, config, corpus = objective.booth, objective.config, pairs.corpus
     captions = zip(corpus.captions, corpus.nouns, strict=True)
     subjects = [_tokenized(booth, insert_field(caption, noun), noun) for caption, noun in captions]
     bare = {noun: _tokenized(booth, SUBJECT_FIELD, noun) for noun in set(corpus.nouns)}
@@ -397,7 +404,16 @@ def train_adapters(
         value: Tensor = objective(*drawn)
         return value
 
-    losses = train("adapters", objective, draw_batch, loss, loop_of(config), folder=folder, device=booth.base.device)
+    losses = train(
+        "adapters",
+        objective,
+        draw_batch,
+        loss,
+        loop_of(config),
+        folder=folder,
+        device=booth.base.device,
+        multiples=multiples,
+    )
     booth.trained.requires_grad_(False).eval()
     return losses
 

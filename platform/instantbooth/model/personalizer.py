@@ -289,16 +289,20 @@ class Personalizer:
         """The concept's keys and values in every adapter, which a row needs before its first step."""
         return concept_keys_values(self.trained.adapters, concept)
 
+    def prompt_embeds(self, input_ids: Tensor, positions: Tensor, concept_embeddings: Tensor) -> Tensor:
+        """Token ids [B, T], positions of V̂ [B] and what stands there [B, W] → prompt embeddings [B, T, W]."""
+        texts = self.base.encode_text(input_ids)
+        return inject(texts, positions.to(texts.device), concept_embeddings)
+
     @torch.inference_mode()
     def rows(self, requests: Sequence[Request]) -> list[Row]:
         """Embeds prompts, injects concepts, draws noise; the rows still lack their keys and values."""
         device, tokenizer, factor = self.base.device, self.base.tokenizer, self.base.vae_factor
         embeddings = torch.cat([r.concept.concept_embedding.to(device) * r.concept_scale for r in requests])
         tokenized = [tokenize_subject(tokenizer, request.prompt, self.placeholder_token) for request in requests]
-        prompt_embeds = self.base.encode_text(torch.tensor([ids for ids, _ in tokenized]))
-        positions = torch.tensor([position for _, position in tokenized], device=device)
+        ids, positions = (torch.tensor(column) for column in zip(*tokenized, strict=True))
         negative = [tokenize(tokenizer, request.negative_prompt) for request in requests]
-        columns = (inject(prompt_embeds, positions, embeddings), self.base.encode_text(torch.tensor(negative)))
+        columns = (self.prompt_embeds(ids, positions, embeddings), self.base.encode_text(torch.tensor(negative)))
         return [
             Row(
                 table=request.table,

@@ -207,8 +207,8 @@ class AdapterObjective(nn.Module):
         base = self.booth.base
         with torch.no_grad():
             latents = batch["latents"] if "latents" in batch else base.encode_pixels(batch["pixel_values"])
-            global_features, tokens = self.booth.image_encoder(batch["reference_pixels"].to(base.device))
         latents = latents.to(base.device)
+        global_features, tokens = self.booth.image_encoder(batch["reference_pixels"].to(base.device))
         draws = randomness if isinstance(randomness, Draws) else draw(base, self.config, len(latents), randomness)
         noisy, target = add_noise(latents, draws.noise.to(base.device), draws.timesteps, base.schedule)
         concept_embeddings, patch_features = self.trained.encoders(global_features, tokens)
@@ -238,15 +238,14 @@ class AdapterObjective(nn.Module):
 
     def _prompt_embeds(self, batch: dict[str, Tensor], drop_text: Tensor, concept_embeddings: Tensor) -> Tensor:
         positions = torch.where(drop_text, batch["bare_position"].cpu(), batch["placeholder_position"].cpu())
+        if "prompt_embeds" not in batch:
+            ids = torch.where(drop_text[:, None], batch["bare_ids"].cpu(), batch["input_ids"].cpu())
+            return self.booth.prompt_embeds(ids, positions, concept_embeddings)
         with torch.no_grad():
-            if "prompt_embeds" in batch:
-                prompt_embeds = batch["prompt_embeds"].to(self.booth.base.device, copy=True)
-                if drop_text.any():
-                    bare = self.booth.base.encode_text(batch["bare_ids"].cpu()[drop_text])
-                    prompt_embeds[drop_text.to(prompt_embeds.device)] = bare.to(prompt_embeds.dtype)
-            else:
-                ids = torch.where(drop_text[:, None], batch["bare_ids"].cpu(), batch["input_ids"].cpu())
-                prompt_embeds = self.booth.base.encode_text(ids)
+            prompt_embeds = batch["prompt_embeds"].to(self.booth.base.device, copy=True)
+            if drop_text.any():
+                bare = self.booth.base.encode_text(batch["bare_ids"].cpu()[drop_text])
+                prompt_embeds[drop_text.to(prompt_embeds.device)] = bare.to(prompt_embeds.dtype)
         return inject(prompt_embeds, positions.to(prompt_embeds.device), concept_embeddings)
 
     def gates(self) -> dict[str, float]:

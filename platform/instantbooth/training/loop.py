@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -70,15 +70,18 @@ def train(
     *,
     folder: Path,
     device: torch.device,
+    multiples: Mapping[nn.Parameter, float] | None = None,
 ) -> list[float]:
     """Minimises `loss(batch)` over the trainable parameters of `module`, resuming from `folder`.
 
     `draw(examples, generator)` makes a batch on the CPU, with everything random that the loss needs.
+    `multiples` are of the learning rate, for parameters with another one.
     ParameterError where a checkpoint there, `name`.pt, is of a training with another configuration.
     At the end `module` holds the averaged parameters, in eval mode. Returns the loss of every step.
     bfloat16 autocast is used throughout: on CPUs with AVX512-BF16 it halves the time of convolutions.
     """
-    parameters = [p for p in module.parameters() if p.requires_grad]
+    rates = multiples or {}
+    parameters = {p: rates.get(p, 1.0) for p in module.parameters() if p.requires_grad}
     on_cpu = device.type == "cpu"
     processes = config.processes if on_cpu else 1
 
@@ -96,7 +99,7 @@ def train(
 
     module.train()
     with _threads(1 if processes > 1 else torch.get_num_threads()):
-        helpers = Helpers(processes - 1, parameters, lambda rank, step: gradient(batch(rank, step)))
+        helpers = Helpers(processes - 1, list(parameters), lambda rank, step: gradient(batch(rank, step)))
 
         def batches(steps: range) -> Iterator[Batch]:
             drawers = 0 if on_cpu else min(MOST_DRAWERS, os.cpu_count() or 1)
@@ -112,7 +115,7 @@ def train(
 
 def _descend(
     name: str,
-    parameters: list[nn.Parameter],
+    parameters: Mapping[nn.Parameter, float],
     batches: Callable[[range], Iterator[Batch]],
     gradient: Callable[[Batch], float],
     helpers: Helpers,
@@ -120,8 +123,15 @@ def _descend(
     checkpoint: Path,
     device: torch.device,
 ) -> list[float]:
+    groups: dict[float, list[nn.Parameter]] = {}
+    for parameter, multiple in parameters.items():
+        groups.setdefault(multiple, []).append(parameter)
     optimizer = torch.optim.AdamW(
-        parameters, lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.99), fused=True
+        [{"params": own} for own in groups.values()],
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        betas=(0.9, 0.99),
+        fused=True,
     )
     ema = EMA(parameters, config.ema_decay)
     losses = _restore(checkpoint, config, parameters, optimizer, ema, device) if checkpoint.exists() else []
@@ -131,8 +141,8 @@ def _descend(
         steps = range(len(losses), config.steps)
         drawn = batches(steps)
         for step in steps:
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * _schedule(step, config)
+            for group, multiple in zip(optimizer.param_groups, groups, strict=True):
+                group["lr"] = config.learning_rate * multiple * _schedule(step, config)
             helpers.start(step)
             losses.append(helpers.join(gradient(next(drawn))))
             torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
@@ -165,7 +175,7 @@ def _schedule(step: int, config: LoopConfig) -> float:
 def _save(
     path: Path,
     config: LoopConfig,
-    parameters: list[nn.Parameter],
+    parameters: Iterable[nn.Parameter],
     optimizer: torch.optim.Optimizer,
     ema: EMA,
     losses: list[float],
@@ -186,7 +196,7 @@ def _save(
 def _restore(
     path: Path,
     config: LoopConfig,
-    parameters: list[nn.Parameter],
+    parameters: Iterable[nn.Parameter],
     optimizer: torch.optim.Optimizer,
     ema: EMA,
     device: torch.device,

@@ -79,6 +79,8 @@ class Parts:
     sampling: Sampling
     settings: Settings
     device: str
+    personalizer: type[Personalizer] = Personalizer
+    """InstantBooth itself, or a variant that ablations compare it with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +95,7 @@ class Entry:
 
 def _booth(parts: Parts) -> Personalizer:
     models = parts.models
-    return Personalizer.from_pretrained(
+    return parts.personalizer.from_pretrained(
         locate(models.base),
         weights=models.weights,
         image_encoder=models.image_encoder,
