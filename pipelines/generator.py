@@ -29,7 +29,7 @@ class ImageGenerator(Actor):
 
     def load(self, stages: StageConfig) -> None:
         self.booth = stages.model.load(device=str(self.device), precision=self.model.precision)
-        self.engine = Engine(self.booth, engine_config(stages.row_budget, exact=stages.exact))
+        self.engine = Engine(self.booth, engine_config(stages.row_budget, exact=stages.exact, compiled=stages.compile))
         self.writers = ThreadPoolExecutor(WRITERS)
         self.node = ray.get_runtime_context().get_node_id()
 
@@ -115,10 +115,10 @@ class ImageGenerator(Actor):
             return "open", Failure.of(error, transient=True)
 
 
-def engine_config(row_budget: int | None, *, exact: bool) -> EngineConfig:
+def engine_config(row_budget: int | None, *, exact: bool, compiled: bool) -> EngineConfig:
     """How pictures are denoised. ParameterError for a row budget that cannot be."""
     apart = {"texts_apart": True, "decode_batch": 1, "buckets": (max(1, (row_budget or 1) // 2),)}
-    return EngineConfig(row_budget=row_budget, max_requests=1_000_000, **(apart if exact else {}))
+    return EngineConfig(row_budget=row_budget, max_requests=1_000_000, compile=compiled, **(apart if exact else {}))
 
 
 def _after(first: Future[Any], pool: ThreadPoolExecutor, then: Callable[[], Answer]) -> Future[Answer]:

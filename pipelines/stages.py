@@ -50,6 +50,7 @@ class StageConfig:
     """Whether the output honours conditional writes."""
     row_budget: int | None = None
     exact: bool = False
+    compile: bool = False
 
     def ledger(self) -> Ledger:
         """The output's ledger."""

@@ -48,9 +48,12 @@ class ServeConfig(BaseModel):
     """Seconds that a generation may take where the client says nothing."""
 
     row_budget: int | None = None
-    """U-Net rows in a step; None measures the knee at start."""
+    """U-Net rows in a step; None measures the knees of several sizes at start."""
     max_row_budget: int = 32
     """Largest number tried when measuring."""
+    compile: bool = False
+    """Whether diffusion replicas compile the U-Net, for the model's own size and every shape of its padded batches,
+    before they are ready. Steps then take less time on GPUs, and a replica's start minutes."""
     max_requests: int = Field(default=256, ge=1)
     """Pictures that a diffusion replica holds, waiting ones included; beyond them the answer is 429."""
     max_pending_images: int = Field(default=32, ge=1)

@@ -35,7 +35,7 @@ class DiffusionEngine:
     """Makes pictures of any tenant's concepts in one batch."""
 
     def __init__(self, config: ServeConfig) -> None:
-        """Loads the model, measures it and makes a picture: a replica that is ready is warm."""
+        """Loads the model, measures and compiles it, makes a picture: a replica that is ready is warm."""
         self.booth = load(config)
         self.weights = self.booth.weights_digest
         self.engine = Engine(
@@ -43,6 +43,7 @@ class DiffusionEngine:
             EngineConfig(
                 row_budget=config.row_budget,
                 max_row_budget=config.max_row_budget,
+                compile=config.compile,
                 max_requests=config.max_requests,
                 # Only jobs have no deadline: whoever waits goes before them.
                 patience_s=MAX_DEADLINE_S,

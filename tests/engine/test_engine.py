@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from instantbooth import Concept, Personalizer
 from instantbooth.engine import Engine, EngineConfig
 from instantbooth.engine.concepts import KeysValuesCache, size_of
+from instantbooth.engine.knee import RowBudgets, measure_budgets
 from instantbooth.errors import DeadlineError, EngineError, OverloadedError, ParameterError, PictureError
 from instantbooth.model.personalizer import Request
 from instantbooth.model.samplers import SAMPLERS
@@ -69,7 +70,8 @@ def test_with_batches_of_one_shape_a_picture_is_the_same_to_the_last_bit(
     exact = EngineConfig(row_budget=8, buckets=(4,), texts_apart=True, decode_batch=1)
     shape = {"height": side, "width": side}
     requests = [request(booth, concepts[n % 3], seed=n, num_inference_steps=2 + n % 3, **shape) for n in range(30)]
-    unguided = request(booth, concepts[0], guidance_scale=1.0, **shape)
+    images, masks = zip(*(portrait(n) for n in range(6)), strict=True)
+    unguided = request(booth, booth.encode(list(images), "person", list(masks)), guidance_scale=1.0, **shape)
 
     def pictures(order: list[int]) -> dict[int, bytes]:
         with Engine(booth, exact) as engine:
@@ -293,6 +295,60 @@ def test_the_row_budget_is_measured_where_none_is_given(booth: Personalizer, con
     with Engine(booth, EngineConfig(max_row_budget=4)) as engine:
         assert engine.row_budget in (1, 2, 4)
         assert engine.submit(request(booth, concepts[0])).result(20)
+
+
+def test_each_size_has_the_budget_that_was_measured_for_it(booth: Personalizer, concepts: list[Concept]) -> None:
+    def no_gain_from_more_rows(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if inputs[0].shape[-1] == 8:
+            time.sleep(0.01 * len(inputs[0]))
+
+    handle = booth.base.unet.register_forward_pre_hook(no_gain_from_more_rows)
+    try:
+        with Engine(booth, EngineConfig(max_row_budget=4)) as engine:
+            tickets = [engine.submit(request(booth, concepts[0], height=16, width=16, seed=seed)) for seed in range(3)]
+            for ticket in tickets:
+                ticket.result(20)
+            stats = engine.stats()
+            # In proportion to the pixels it would be four times what the model's own size has.
+            assert stats.steps == 3 * 4
+            assert stats.rows == stats.offered_rows == 2 * stats.steps
+    finally:
+        handle.remove()
+
+
+def test_budgets_lie_between_those_measured_and_beyond_them_go_by_the_pixels() -> None:
+    measured = RowBudgets({16: 12, 32: 8, 64: 2}, most=16)
+    assert [measured.of((side, side)) for side in (16, 32, 64)] == [12, 8, 2]
+    assert measured.of((16, 64)) == 8
+    assert [measured.of((32, width)) for width in (48, 64, 96)] == [5, 4, 2]
+    assert [measured.of(size) for size in ((8, 16), (8, 8), (128, 64), (128, 128))] == [16, 16, 1, 1]
+    given = RowBudgets({32: 6}, most=20)
+    assert [given.of(size) for size in ((32, 32), (16, 32), (16, 16), (40, 32), (64, 64))] == [6, 12, 20, 4, 1]
+
+
+def test_sizes_are_measured_from_the_smallest_to_the_double_as_far_as_patience_goes(booth: Personalizer) -> None:
+    assert measure_budgets(booth, max_rows=1) == {32: 1, 16: 1, 8: 1, 4: 1, 64: 1}
+    assert measure_budgets(booth, max_rows=1, patience_s=0) == {32: 1}
+
+
+def test_negative_prompts_of_requests_without_guidance_are_not_embedded(
+    booth: Personalizer, concepts: list[Concept], engine: Engine
+) -> None:
+    embedded: list[int] = []
+
+    def count(module: torch.nn.Module, inputs: object, options: dict[str, torch.Tensor]) -> None:
+        embedded.append(len(inputs[0] if inputs else options["input_ids"]))  # type: ignore[index]
+
+    handle = booth.base.text_encoder.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        requests = [request(booth, concepts[0], guidance_scale=scale) for scale in (1.0, 3.0, 0.0)]
+        rows = booth.rows(requests)
+        assert embedded == [3, 1]
+        assert [row.negative_embeds is None for row in rows] == [True, False, True]
+        assert booth.rows(requests[:1])[0].negative_embeds is None
+        assert embedded == [3, 1, 1]
+    finally:
+        handle.remove()
 
 
 @contextmanager

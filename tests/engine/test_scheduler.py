@@ -29,7 +29,7 @@ def lines(draw: st.DrawFn) -> list[Waiting]:
 
 @given(lines(), st.integers(1, 6))
 def test_everyone_is_served_within_the_budget_and_the_earliest_due_first(items: list[Waiting], budget: int) -> None:
-    scheduler: Scheduler[Waiting] = Scheduler(lambda size: budget)
+    scheduler: Scheduler[Waiting] = Scheduler(lambda size, requests, rows: rows <= budget)
     for item in items:
         scheduler.add(item)
     turns = 0
@@ -51,7 +51,7 @@ def test_everyone_is_served_within_the_budget_and_the_earliest_due_first(items: 
 
 @given(st.lists(st.floats(0.1, 10), min_size=3, max_size=3))
 def test_sizes_share_the_time_however_long_their_steps_take(seconds: list[float]) -> None:
-    scheduler: Scheduler[Waiting] = Scheduler(lambda size: 4)
+    scheduler: Scheduler[Waiting] = Scheduler(lambda size, requests, rows: rows <= 4)
     for number, size in enumerate(SIZES):
         scheduler.add(Waiting(size, 2, (0.0, number)))
     used: Counter[tuple[int, int]] = Counter()
@@ -64,7 +64,7 @@ def test_sizes_share_the_time_however_long_their_steps_take(seconds: list[float]
 
 
 def test_a_size_that_was_absent_does_not_catch_up_at_the_others_cost() -> None:
-    scheduler: Scheduler[Waiting] = Scheduler(lambda size: 4)
+    scheduler: Scheduler[Waiting] = Scheduler(lambda size, requests, rows: rows <= 4)
     scheduler.add(Waiting(SIZES[0], 1, (0.0, 0)))
     for _ in range(100):
         scheduler.charge(scheduler.choose()[0].size, 1.0)
@@ -77,7 +77,7 @@ def test_a_size_that_was_absent_does_not_catch_up_at_the_others_cost() -> None:
 
 
 def test_who_may_not_step_is_passed_over() -> None:
-    scheduler: Scheduler[Waiting] = Scheduler(lambda size: 4)
+    scheduler: Scheduler[Waiting] = Scheduler(lambda size, requests, rows: rows <= 4)
     first, second = Waiting(SIZES[0], 1, (0.0, 0)), Waiting(SIZES[1], 1, (1.0, 1))
     scheduler.add(first)
     scheduler.add(second)

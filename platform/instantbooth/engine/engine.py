@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
 from threading import Condition, Thread
@@ -20,12 +20,12 @@ from PIL import Image
 from instantbooth import Personalizer
 from instantbooth.engine.concepts import KeysValuesCache
 from instantbooth.engine.decoder import Decoder
-from instantbooth.engine.knee import knee, measure_steps, wait_for
+from instantbooth.engine.knee import RowBudgets, measure_budgets, wait_for
 from instantbooth.engine.scheduler import Scheduler, Size
+from instantbooth.engine.shapes import Shapes, compile_unet, default_buckets
 from instantbooth.engine.ticket import Progress, Ticket
 from instantbooth.errors import DeadlineError, EngineError, OverloadedError, ParameterError, PictureError
-from instantbooth.model.conditioning import reference_tokens
-from instantbooth.model.denoise import BatchShape, Row, RowBatch
+from instantbooth.model.denoise import RowBatch
 from instantbooth.model.personalizer import Request
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,8 @@ class EngineConfig:
     """How much the engine takes on at once."""
 
     row_budget: int | None = None
-    """U-Net rows of the model's own size in a step (a guided request has two); None measures the knee at start."""
+    """U-Net rows of the model's own size in a step (a guided request has two), and of others in proportion to their
+    pixels; None measures the knees of several sizes at start, uncompiled."""
     max_row_budget: int = 64
     """Largest number of rows tried when measuring, and of smaller pictures in a step."""
     max_requests: int = 1024
@@ -53,8 +54,13 @@ class EngineConfig:
     max_undecoded: int = 16
     """Finished latents that may wait for the VAE before no further request is begun."""
     buckets: tuple[int, ...] = ()
-    """Numbers of rows, and of reference images, that batches are padded to, rising; a step has no more requests than
-    the largest. Empty pads nothing."""
+    """Numbers of requests that batches are padded to, rising, with two U-Net rows for each where any is guided, and
+    the most reference images; a step has no more requests than the largest. Empty pads nothing that is not compiled."""
+    compile: bool = False
+    """Whether the U-Net is compiled at start, for pictures of the model's own size in every shape that batches are
+    padded to; without `buckets`, powers of two. Other sizes are neither compiled nor, without `buckets`, padded."""
+    compile_backend: str = "inductor"
+    """As torch.compile knows it."""
     texts_apart: bool = False
     """Whether each prompt is embedded alone. With this, one bucket of half the row budget and a decode_batch of 1, a
     guided picture is bit for bit the same in any company; else it is the same up to rounding."""
@@ -108,15 +114,29 @@ class Engine:
     """
 
     def __init__(self, booth: Personalizer, config: EngineConfig = EngineConfig()) -> None:
-        """Measures the row budget where none is given, which takes seconds; `booth` must not be trained meanwhile."""
+        """Measures the row budgets where none is given, which takes seconds, and compiles the U-Net if it is to.
+
+        `booth` must not be trained meanwhile. Raises EngineError where the U-Net cannot be compiled.
+        """
         self.booth = booth
         self.config = config
         self.concepts = KeysValuesCache(booth, config.concept_cache_bytes)
-        self.row_budget = config.row_budget or knee(measure_steps(booth, max_rows=config.max_row_budget))
-        """U-Net rows of the model's own size in a step; lowered for a while where memory does not suffice."""
-        self._most_rows = self.row_budget
+        self._native: Size = (booth.base.image_size, booth.base.image_size)
+        self._budgets = _row_budgets(booth, config)
+        self._budget_share = 1.0
+        """Lowered for a while where memory does not suffice."""
         self._steps_that_fit = 0
-        self._scheduler: Scheduler[Ticket] = Scheduler(self._budget, most=max(config.buckets, default=None))
+        self._shapes = self._native_shapes = Shapes(
+            buckets=config.buckets, tokens_per_image=booth.image_encoder.num_tokens
+        )
+        self._native_unet = booth.base.unet
+        if config.compile:
+            self._native_shapes = replace(self._shapes, buckets=config.buckets or default_buckets(self.row_budget))
+            with _denoising_stream(booth.base.device):
+                self._native_unet = compile_unet(
+                    booth, self._native_shapes.within(self.row_budget), backend=config.compile_backend
+                )
+        self._scheduler: Scheduler[Ticket] = Scheduler(self._fits)
         self._batch: RowBatch | None = None
         self._arrivals: list[Ticket] = []
         self._forgotten: set[str] = set()
@@ -158,6 +178,11 @@ class Engine:
             self._arrivals.append(ticket)
             self._wake.notify()
         return ticket
+
+    @property
+    def row_budget(self) -> int:
+        """U-Net rows of the model's own size in a step, now."""
+        return self._budget(self._native)
 
     @property
     def alive(self) -> bool:
@@ -259,11 +284,13 @@ class Engine:
         return ticket.row is not None or self._decoder.backlog < self.config.max_undecoded
 
     def _budget(self, size: Size) -> int:
-        height, width = size
-        native: int = self.booth.base.image_size
-        # Small pictures have large concepts too: their rows are no more than memory was measured for.
-        most = max(self.row_budget, self.config.max_row_budget)
-        return min(most, max(1, self.row_budget * native**2 // (height * width)))
+        return max(1, int(self._budgets.of(size) * self._budget_share))
+
+    def _fits(self, size: Size, requests: int, rows: int) -> bool:
+        return self._shapes_of(size).padded_rows(requests, rows) <= self._budget(size)
+
+    def _shapes_of(self, size: Size) -> Shapes:
+        return self._native_shapes if size == self._native else self._shapes
 
     def _step(self, tickets: Sequence[Ticket]) -> None:
         """One step of these; where it fails, of each half, until the one at fault is alone and fails alone.
@@ -283,7 +310,7 @@ class Engine:
             self._batch = None
             # Where one alone does not fit, it is not their number.
             if isinstance(error, torch.OutOfMemoryError) and len(tickets) > 1:
-                self.row_budget = max(1, self.row_budget // 2)
+                self._budget_share /= 2 if self._budget(tickets[0].size) > 1 else 1
                 self._steps_that_fit = 0
             if len(tickets) == 1:
                 self._end(tickets[0], "failed", error)
@@ -294,7 +321,7 @@ class Engine:
             return
         self._steps_that_fit += 1
         if self._steps_that_fit % STEPS_TO_RECOVER == 0:
-            self.row_budget = min(self._most_rows, 2 * self.row_budget)
+            self._budget_share = min(1.0, 2 * self._budget_share)
         seconds = time.perf_counter() - started
         self._scheduler.charge(tickets[0].size, seconds)
         rows = sum(ticket.unet_rows for ticket in tickets)
@@ -319,26 +346,13 @@ class Engine:
         if self._batch is None or self._batch.rows != rows:
             for ticket, row in zip(tickets, rows, strict=True):
                 row.keys_values = self.concepts.get(ticket.request.concept, counted=row.step == 0)
-            self._batch = RowBatch(self.booth.base.unet, rows, self._shape(rows))
+            size = tickets[0].size
+            unet = self._native_unet if size == self._native else self.booth.base.unet
+            self._batch = RowBatch(unet, rows, self._shapes_of(size).of(rows))
             for row in rows:
                 # The batch has its copy: what a waiting row held would escape the cache's bound.
                 row.keys_values = None
         return self._batch
-
-    def _shape(self, rows: Sequence[Row]) -> BatchShape | None:
-        if not self.config.buckets:
-            return None
-        guided = sum(row.guided for row in rows)
-        tokens = max(reference_tokens(row.keys_values) for row in rows if row.keys_values is not None)
-        per_image = self.booth.image_encoder.num_tokens
-        return BatchShape(
-            conditional=self._bucket(len(rows)),
-            unconditional=self._bucket(guided) if guided else 0,
-            reference_tokens=self._bucket(tokens // per_image) * per_image,
-        )
-
-    def _bucket(self, size: int) -> int:
-        return next((bucket for bucket in self.config.buckets if bucket >= size), size)
 
     def _after_step(self, ticket: Ticket) -> None:
         row = ticket.row
@@ -367,6 +381,14 @@ class Engine:
         self._scheduler.remove(ticket)
         self._ended[how] += 1
         ticket.fail(error)
+
+
+def _row_budgets(booth: Personalizer, config: EngineConfig) -> RowBudgets:
+    if config.row_budget is None:
+        by_side = measure_budgets(booth, max_rows=config.max_row_budget)
+    else:
+        by_side = {booth.base.image_size: config.row_budget}
+    return RowBudgets(by_side, most=max(by_side[booth.base.image_size], config.max_row_budget))
 
 
 def _show(ticket: Ticket, progress: Progress, preview: Image.Image) -> None:

@@ -36,10 +36,10 @@ class Scheduler(Generic[Item]):
     way keeps what it has reached. One thread changes it; others may look.
     """
 
-    def __init__(self, budget: Callable[[Size], int], *, most: int | None = None) -> None:
-        """`budget` tells how many U-Net rows of a size may share a step, `most` how many requests of any size."""
-        self._budget = budget
-        self._most = most
+    def __init__(self, fits: Callable[[Size, int, int], bool]) -> None:
+        """`fits` tells whether so many requests of a size, with so many U-Net rows, may share a step; if they may not,
+        no more of them may."""
+        self._fits = fits
         self._lines: dict[Size, list[Item]] = {}
         self._seconds: dict[Size, float] = {}
 
@@ -66,15 +66,15 @@ class Scheduler(Generic[Item]):
             del self._lines[item.size]
 
     def choose(self, allowed: Callable[[Item], bool] = lambda item: True) -> list[Item]:
-        """Those who step together now; empty where nobody may. One always fits, whatever the budget."""
+        """Those who step together now; empty where nobody may. One always may, whether it fits or not."""
         for size in sorted(self._lines, key=lambda each: self._seconds[each]):
-            room = self._budget(size)
             chosen: list[Item] = []
+            rows = 0
             for item in filter(allowed, self._lines[size]):
-                if item.unet_rows <= room or not chosen:
+                if not chosen or self._fits(size, len(chosen) + 1, rows + item.unet_rows):
                     chosen.append(item)
-                    room -= item.unet_rows
-                if room <= 0 or len(chosen) == self._most:
+                    rows += item.unet_rows
+                elif not self._fits(size, len(chosen) + 1, rows + 1):
                     break
             if chosen:
                 return chosen

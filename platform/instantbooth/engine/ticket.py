@@ -66,7 +66,7 @@ class Ticket:
     @property
     def unet_rows(self) -> int:
         """What one of its steps costs."""
-        return 2 if self.request.guidance_scale > 1 else 1
+        return 2 if self.request.guided else 1
 
     @property
     def remaining_work(self) -> int:

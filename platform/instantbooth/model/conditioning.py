@@ -169,17 +169,18 @@ def batch_references(
 ) -> References:
     """One row for each concept, of different numbers of images: shorter ones are padded and masked.
 
-    `tokens` is the length to pad to, at least that of the longest, which is the default.
+    With `tokens` they are padded to that many, unless there are longer ones, and always masked, so that batches of one
+    shape are computed alike; without, to the longest, and masked only where others are shorter.
     """
     lengths = [reference_tokens(each) for each in concepts]
-    longest = tokens or max(lengths)
+    longest = max(tokens or 0, *lengths)
 
     def stack(layer: str, part: int) -> Tensor:
         parts = [each[layer][part] for each in concepts]
         return torch.cat([F.pad(tokens, (0, 0, 0, longest - tokens.shape[2])) for tokens in parts])
 
     mask = None
-    if min(lengths) < longest:
+    if tokens is not None or min(lengths) < longest:
         mask = torch.arange(longest, device=scales.device) < torch.tensor(lengths, device=scales.device)[:, None]
     keys_values = {layer: (stack(layer, 0), stack(layer, 1)) for layer in concepts[0]}
     return References(scale=scales.view(-1, 1, 1), keys_values=keys_values, mask=mask)

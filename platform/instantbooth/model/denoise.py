@@ -25,8 +25,8 @@ class Row:
     """Its sampler and number of steps."""
     prompt_embeds: Tensor
     """[T, W], the concept injected."""
-    negative_embeds: Tensor
-    """[T, W]; used where the guidance is above 1."""
+    negative_embeds: Tensor | None
+    """[T, W]; None where the guidance is 1 or below, which has no use for it."""
     guidance_scale: float
     """At 1 or below a step costs one U-Net row, above it two."""
     latents: Tensor
@@ -85,9 +85,9 @@ class RowBatch:
         unconditional = _padded(guided, shape.unconditional)
         self.order = torch.tensor(conditional + unconditional, device=device)
         self.first_unconditional = len(conditional)
-        self.text = torch.stack(
-            [self.rows[i].prompt_embeds for i in conditional] + [self.rows[i].negative_embeds for i in unconditional]
-        )
+        negative = [row.negative_embeds for row in self.rows if row.guided and row.negative_embeds is not None]
+        padding = [self.rows[0].prompt_embeds] * (len(unconditional) - len(guided))
+        self.text = torch.stack([*(self.rows[i].prompt_embeds for i in conditional), *negative, *padding])
         concepts = [self.rows[i].keys_values for i in conditional]
         self.kwargs = None
         if concepts[0] is not None:

@@ -46,6 +46,11 @@ class Request:
     """Pixels, a multiple of BaseModel.size_step."""
     width: int
 
+    @property
+    def guided(self) -> bool:
+        """Whether guidance doubles its cost, and its negative prompt is looked at."""
+        return self.guidance_scale > 1
+
 
 class Trained(nn.Module):
     """All that training changes: the two fully connected layers and the adapters."""
@@ -301,13 +306,14 @@ class Personalizer:
         embeddings = torch.cat([r.concept.concept_embedding.to(device) * r.concept_scale for r in requests])
         tokenized = [tokenize_subject(tokenizer, request.prompt, self.placeholder_token) for request in requests]
         ids, positions = (torch.tensor(column) for column in zip(*tokenized, strict=True))
-        negative = [tokenize(tokenizer, request.negative_prompt) for request in requests]
-        columns = (self.prompt_embeds(ids, positions, embeddings), self.base.encode_text(torch.tensor(negative)))
+        prompt_embeds = self.prompt_embeds(ids, positions, embeddings)
+        negative = [tokenize(tokenizer, request.negative_prompt) for request in requests if request.guided]
+        negative_embeds = iter(self.base.encode_text(torch.tensor(negative)) if negative else ())
         return [
             Row(
                 table=request.table,
                 prompt_embeds=prompt,
-                negative_embeds=negative,
+                negative_embeds=next(negative_embeds) if request.guided else None,
                 guidance_scale=request.guidance_scale,
                 adapter_scale=request.adapter_scale,
                 latents=unit_noise(
@@ -316,7 +322,7 @@ class Personalizer:
                     device,
                 ),
             )
-            for request, prompt, negative in zip(requests, *columns, strict=True)
+            for request, prompt in zip(requests, prompt_embeds, strict=True)
         ]
 
 
