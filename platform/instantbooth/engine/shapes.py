@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Shapes:
-    """Batches hold a bucket's number of requests, all guided or none, each with MOST_REFERENCES or what one has more."""
+    """Batches hold a bucket's number of requests, all guided or none, each with MOST_REFERENCES unless one has more."""
 
     buckets: tuple[int, ...]
     """Numbers of requests, rising. Empty pads nothing."""
