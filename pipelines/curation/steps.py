@@ -69,7 +69,9 @@ def name_subject(pair: Pair, *, rules: Rules, tokenizer: CLIPTokenizer | None = 
     text = " ".join(pair.text.split())
     if not text:
         raise Dropped(Reason.NO_CAPTION, "the caption is missing or empty; write one that names the subject")
-    found = list(_pattern(tuple(rules.classes())).finditer(text))
+    classes = rules.classes()
+    # Regardless of case "ı", "İ" and "ſ" match too, whose words are others: a gırl is none of the nouns.
+    found = [match for match in _pattern(tuple(classes)).finditer(text) if match[0].lower() in classes]
     if not found:
         raise Dropped(Reason.NO_NOUN, f"{text!r} names no subject of a known class")
     if len(found) > 1:
@@ -82,7 +84,7 @@ def name_subject(pair: Pair, *, rules: Rules, tokenizer: CLIPTokenizer | None = 
             tokenize_subject(tokenizer, prompt, rules.placeholder)
     except PromptError as error:
         raise Dropped(Reason.UNUSABLE_CAPTION, str(error)) from error
-    return replace(pair, caption=caption, noun=noun, subject=rules.classes()[noun])
+    return replace(pair, caption=caption, noun=noun, subject=classes[noun])
 
 
 def decode(pair: Pair, *, rules: Rules) -> Pair:
