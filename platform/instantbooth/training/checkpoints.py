@@ -1,9 +1,10 @@
 """Checkpoints in object storage: what a training goes on from, trusted only when every byte is as it was written.
 
     checkpoints/000000120/state.pt …       the files
-    checkpoints/000000120/manifest.json    written last: bytes and SHA-256 of each of them
+    checkpoints/000000120/manifest.json    written last: bytes and SHA-256 of each of them, and of what it says itself
 
-A checkpoint without a manifest is none. One whose files are missing, cut or altered is passed over for the one before.
+A checkpoint without a manifest is none. One of which any file is missing, cut or altered, the manifest among them, is
+passed over for the one before.
 """
 
 from __future__ import annotations
@@ -66,8 +67,7 @@ class Checkpoints:
                 patiently(partial(self.store.put, _key(step, name), data))
                 entries[name] = {"bytes": len(data), "sha256": sha256(data).hexdigest()}
             manifest = Checkpoint(step=step, loss=loss, files=entries)
-            data = (json.dumps(asdict(manifest), indent=2) + "\n").encode()
-            patiently(partial(self.store.put, _key(step, MANIFEST), data))
+            patiently(partial(self.store.put, _key(step, MANIFEST), _manifest_bytes(manifest)))
             self._whole.add(step)
         self._prune()
 
@@ -87,10 +87,13 @@ class Checkpoints:
         return sorted(int(key["step"]) for key in found if key and key["file"] == MANIFEST)
 
     def _manifest(self, step: int) -> Checkpoint | None:
+        """What the manifest of a step says; None where it is missing, or not to the byte as it was written there."""
         try:
-            return Checkpoint(**json.loads(patiently(partial(self.store.get, _key(step, MANIFEST)))))
-        except (MissingObjectError, ValueError, TypeError):
+            data = patiently(partial(self.store.get, _key(step, MANIFEST)))
+            manifest = Checkpoint(**json.loads(data)["checkpoint"])
+        except (MissingObjectError, ValueError, TypeError, KeyError):
             return None
+        return manifest if manifest.step == step and _manifest_bytes(manifest) == data else None
 
     def read(self, step: int) -> dict[str, bytes] | None:
         """The files of a checkpoint; None where one is not as the manifest says."""
@@ -159,6 +162,12 @@ class Saver:
             save()
         except BaseException as error:
             self._error = error
+
+
+def _manifest_bytes(checkpoint: Checkpoint) -> bytes:
+    content = asdict(checkpoint)
+    digest = sha256(json.dumps(content).encode()).hexdigest()
+    return (json.dumps({"checkpoint": content, "sha256": digest}, indent=2) + "\n").encode()
 
 
 def _key(step: int, name: str) -> str:
