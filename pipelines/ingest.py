@@ -33,6 +33,7 @@ from instantbooth.errors import MissingObjectError, ParameterError, StorageError
 from instantbooth.model.base import check_layout, locate
 from instantbooth.presets import preset
 from instantbooth.storage import FileStore, ObjectStore, S3Store, open_store, patiently
+from pipelines.checks import check_actors
 from pipelines.curation.decisions import Decisions, Staged
 from pipelines.curation.pairs import OnPairs, Slice
 from pipelines.curation.precompute import Precomputed, Precomputer
@@ -102,7 +103,7 @@ def ingest(config: IngestConfig) -> IngestReport:
     """Curates every pair of the source. One bad pair costs itself alone.
 
     Raises StorageError where the source cannot be listed or the output cannot be written, WeightsError for a segmenter
-    that cannot be loaded.
+    that cannot be loaded, ParameterError for more actors or GPUs than the cluster has.
     """
     started = time.perf_counter()
     output = open_store(config.output)
@@ -112,6 +113,11 @@ def ingest(config: IngestConfig) -> IngestReport:
     present = set(output.list())
     known = _known_slices(output, [unit.id(rules) for unit in units], present)
     new = [unit for unit in units if unit.id(rules) not in known]
+    if new and config.segmenter:
+        # Its actors' constructors would fail with an error of Ray's.
+        load_model(locate(config.segmenter), torch.device("cpu"))
+    if config.segmenter or config.precompute:
+        check_actors(config.actors, config.gpus_per_actor)
     fresh, processed = _curate(config, new, rules, output, tokenizer_of(base) if base else None)
     digests = known | fresh
     slices = [Staged(digest=digest, source=unit.key) for unit in units for digest in digests[unit.id(rules)]]
@@ -207,9 +213,6 @@ def _curate(
     lengths: dict[str, int] = {}
     unsettled: set[str] = set()
     processed = 0
-    if units and config.segmenter:
-        # Its actors' constructors would fail with an error of Ray's.
-        load_model(locate(config.segmenter), torch.device("cpu"))
     for row in curated(config, units, rules, output, tokenizer).iter_rows() if units else ():
         unit = row["unit"]
         slices.setdefault(unit, {})[row["number"]] = row["digest"]

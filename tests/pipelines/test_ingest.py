@@ -508,6 +508,17 @@ def test_a_segmenter_that_is_none_is_told_before_anything_starts(good: list[Raw]
     assert not (tmp_path / "output").exists()
 
 
+@pytest.mark.usefixtures("ray_session")
+def test_actors_that_the_cluster_will_never_have_are_refused(good: list[Raw], tiny: Path, tmp_path: Path) -> None:
+    FileStore(tmp_path / "source").put("0.tar", tar_of(good[:1]))
+    source, output = f"{tmp_path}/source", f"{tmp_path}/output"
+    with pytest.raises(ParameterError, match="actors ask for 2 GPU, the cluster has 0; lower actors or gpus"):
+        curate(source, output, segmenter=SEGMENTER, actors=2, gpus_per_actor=1)
+    with pytest.raises(ParameterError, match=r"4 actors .* ask for 5 CPU; the cluster has 4; lower actors"):
+        curate(source, output, base=str(tiny / "base"), precompute=True, actors=4)
+    assert not (tmp_path / "output").exists()
+
+
 def test_a_noun_is_a_word_of_its_own_and_the_only_one() -> None:
     rules = Rules(nouns={"bride": "person", "puppy": "dog"})
 
