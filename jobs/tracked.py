@@ -30,20 +30,19 @@ log = logging.getLogger(__name__)
 class Tracking:
     """Begins the run, registers its weights, ends it. Without MLflow all of that is a warning.
 
-    A server that is down is waited for twice at most, when the training begins and when it ends, and seconds only.
+    A server that is down is waited for each time, and seconds only; whichever finds it first makes up for the others.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, shards: Shards) -> None:
         self.config = config
+        self.shards = shards
         self._run: TrackedRun | None = None
         self._given_up = False
 
-    def begin(self, shards: Shards) -> None:
+    def begin(self) -> None:
         """Opens the run, and notes options, data and code."""
-        with self._attempt("training goes on, and its metrics are delivered when it is back"):
-            run = self._opened()
-            run.log_parameters(_flat(asdict(self.config)) | {"dataset_digest": shards.digest})
-            run.tag(_provenance())
+        with self._attempt("training goes on, and what it missed is delivered when it is back"):
+            self._opened()
 
     def register(self, step: int, files: Mapping[str, bytes], folder: str) -> tuple[str, str]:
         """The run's id and the URI of the version; empty, and the folder, where MLflow cannot be had."""
@@ -73,9 +72,12 @@ class Tracking:
             run.end(status)
 
     def _opened(self) -> TrackedRun:
-        self._run = self._run or open_run(
-            self.config.model.tracking_uri, self.config.run, artifacts=self.config.artifacts
-        )
+        """The run, with options, data and code noted, whenever that is first possible."""
+        if self._run is None:
+            run = open_run(self.config.model.tracking_uri, self.config.run, artifacts=self.config.artifacts)
+            run.log_parameters(_flat(asdict(self.config)) | {"dataset_digest": self.shards.digest})
+            run.tag(_provenance())
+            self._run = run
         return self._run
 
     @contextmanager

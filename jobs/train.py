@@ -250,8 +250,8 @@ def _write_weights(config: TrainConfig, files: dict[str, bytes]) -> str:
 @contextmanager
 def _tracked(config: TrainConfig, shards: Shards) -> Iterator[Tracking]:
     """Opens the run in MLflow and ends it as the training ended; without MLflow the training runs all the same."""
-    tracking = Tracking(config)
-    tracking.begin(shards)
+    tracking = Tracking(config, shards)
+    tracking.begin()
     status = "FAILED"
     try:
         yield tracking
