@@ -37,7 +37,6 @@ class Tracking:
         self.config = config
         self.shards = shards
         self._run: TrackedRun | None = None
-        self._given_up = False
 
     def begin(self) -> None:
         """Opens the run, and notes options, data and code."""
@@ -54,13 +53,10 @@ class Tracking:
             run.tag({"checkpoints": f"{self.config.output}/checkpoints", "weights": folder})
             model = {"base": self.config.model.base, "image_encoder": self.config.model.image_encoder}
             return run.run_id, run.register(Path(scratch), step=step, **model)
-        self._given_up = True
         return "", folder
 
     def end(self, status: str) -> None:
         """Delivers what the training's own log has and the run has not, its machines too; FINISHED, KILLED, FAILED."""
-        if self._given_up:
-            return
         with self._attempt(f"what it missed is in {self.config.output}/{LOG}, and the same command delivers it"):
             run = self._opened()
             store = open_store(self.config.output)

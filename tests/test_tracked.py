@@ -41,6 +41,7 @@ def test_what_mlflow_missed_is_made_up_for_when_it_is_back(tracking: Tracking, t
     in_the_way = tmp_path / "mlflow"
     in_the_way.touch()
     tracking.begin()
+    assert tracking.register(1, {}, "file:///weights") == ("", "file:///weights")
     in_the_way.unlink()
     tracking.end("FINISHED")
     run = run_of(tracking)
