@@ -14,7 +14,9 @@ from instantbooth.config import GenerationDefaults
 from instantbooth.errors import TrackingError, WeightsError
 from instantbooth.evaluation.judges import AttributeJudge, IdentityJudge
 from instantbooth.miniature.world import ATTRIBUTES
+from instantbooth.model.weights import read_tensors, tensors_digest
 from instantbooth.tracking import CANDIDATE, CHAMPION, Registry, open_run
+from jobs.evaluation.protocol import Protocol
 from jobs.promote import PromoteConfig, judge, promote
 from serve.config import ServeConfig
 from serve.model import pinned
@@ -53,6 +55,9 @@ def test_a_candidate_becomes_champion_and_is_loaded_by_name(config: PromoteConfi
     assert named.weights_digest == booth.weights_digest
     endpoint = pinned(ServeConfig(weights="models:/instantbooth@champion"))
     assert endpoint.weights == "models:/instantbooth/1"
+    table = Protocol(weights=Path("models:/instantbooth@champion")).parts
+    assert table.sampling.num_inference_steps == booth.defaults.num_inference_steps
+    assert tensors_digest(read_tensors(Path(table.models.weights or ""))) == booth.weights_digest
 
     assert register(config, tiny, tmp_path, step=2) == "models:/instantbooth/2"
     assert register(config, tiny, tmp_path, step=2) == "models:/instantbooth/2"
