@@ -95,8 +95,16 @@ def test_what_a_killed_writer_left_unfinished_does_not_stay(tmp_path: Path) -> N
     for file in cut:
         file.parent.mkdir(exist_ok=True)
         file.write_bytes(b"s")
+    # Uploaded in part, one of them by a run that is further on.
+    uploaded = [tmp_path / "checkpoints" / f"{step:09d}" / "state.pt" for step in (15, 25)]
+    for file in uploaded:
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(b"s")
     assert written(tmp_path, {20: 0.1}).steps() == [10, 20]
     assert not any(file.exists() for file in cut)
+    assert [file.exists() for file in uploaded] == [False, True]
+    written(tmp_path, {30: 0.1})
+    assert not uploaded[1].exists()
 
 
 def test_the_best_is_never_one_that_cannot_be_compared(tmp_path: Path) -> None:

@@ -83,8 +83,15 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints that have a manifest, whole or not."""
-        found = [KEY.fullmatch(key) for key in patiently(lambda: list(self.store.list(f"{FOLDER}/")))]
-        return sorted(int(key["step"]) for key in found if key and key["file"] == MANIFEST)
+        return sorted(step for step, files in self._listed().items() if MANIFEST in files)
+
+    def _listed(self) -> dict[int, set[str]]:
+        """Step → names of the files that are there."""
+        listed: dict[int, set[str]] = {}
+        for key in patiently(lambda: list(self.store.list(f"{FOLDER}/"))):
+            if found := KEY.fullmatch(key):
+                listed.setdefault(int(found["step"]), set()).add(found["file"])
+        return listed
 
     def _manifest(self, step: int) -> Checkpoint | None:
         """What the manifest of a step says; None where it is missing, or not to the byte as it was written there."""
@@ -113,16 +120,18 @@ class Checkpoints:
         return files
 
     def _prune(self) -> None:
-        """Damaged ones are of no use, and do not count among those that stay; nor are files cut short by a kill."""
+        """Damaged ones are of no use, and do not count among those that stay; nor is what a kill left unfinished."""
         self.store.sweep(FOLDER)
-        steps = self.steps()
-        whole = [each for step in steps if self._is_whole(step) and (each := self._manifest(step)) is not None]
+        listed = self._listed()
+        finished = sorted(step for step, files in listed.items() if MANIFEST in files)
+        whole = [each for step in finished if self._is_whole(step) and (each := self._manifest(step)) is not None]
         newest = sorted(whole, key=lambda each: each.step)[-self.keep_last :]
         comparable = [each for each in whole if math.isfinite(each.loss)]
         best = sorted(comparable, key=lambda each: each.loss)[: self.keep_best]
         kept = {each.step for each in newest + best}
-        for step in steps:
-            if step not in kept:
+        for step in sorted(listed.keys() - kept):
+            # One without a manifest that is newer than all of those may be on its way.
+            if step in finished or step < max(kept, default=0):
                 self._remove(step)
 
     def _is_whole(self, step: int) -> bool:
