@@ -46,7 +46,7 @@ from pipelines.curation.steps import Rules, decode, judge_mask, name_subject, to
 MANIFEST = "manifest.json"
 REPORT = "report.json"
 PAGE = "report.html"
-VERSION = 2
+VERSION = 3
 """Raised when the same rules come to another outcome: nothing that an older version staged is used then."""
 READERS = 16
 

@@ -18,7 +18,14 @@ from transformers import CLIPTokenizer
 
 from instantbooth.errors import BaseModelError, ImageError, ParameterError, PromptError
 from instantbooth.images import ImageLimits, check_mask, decode_image, mask_coverage
-from instantbooth.prompts import CLASS_NOUNS, PLACEHOLDER_TOKEN, SUBJECT_FIELD, expand, tokenize_subject
+from instantbooth.prompts import (
+    CLASS_NOUNS,
+    MAX_PROMPT_CHARS,
+    PLACEHOLDER_TOKEN,
+    SUBJECT_FIELD,
+    expand,
+    tokenize_subject,
+)
 from pipelines.curation.duplicates import look_of
 from pipelines.curation.pairs import Dropped, Pair, Reason
 
@@ -69,6 +76,10 @@ def name_subject(pair: Pair, *, rules: Rules, tokenizer: CLIPTokenizer | None = 
     text = " ".join(pair.text.split())
     if not text:
         raise Dropped(Reason.NO_CAPTION, "the caption is missing or empty; write one that names the subject")
+    if len(text) > MAX_PROMPT_CHARS:
+        raise Dropped(
+            Reason.UNUSABLE_CAPTION, f"{len(text)} characters, at most {MAX_PROMPT_CHARS} are used; shorten it"
+        )
     classes = rules.classes()
     # Regardless of case "ı", "İ" and "ſ" match too, whose words are others: a gırl is none of the nouns.
     found = [match for match in _pattern(tuple(classes)).finditer(text) if match[0].lower() in classes]

@@ -51,7 +51,7 @@ from pipelines.curation.lists import csv_lines, json_lines
 from pipelines.curation.pairs import Dropped, Pair, Reason, Slice
 from pipelines.curation.segment import SubjectFinder, load_model
 from pipelines.curation.shards import SCHEMA
-from pipelines.curation.sources import Columns, plan, read_slices
+from pipelines.curation.sources import Columns, plan, read_slices, text_of
 from pipelines.curation.steps import Rules, decode, judge_mask, name_subject, part_areas
 from pipelines.curation.tars import tar_samples
 from pipelines.ingest import IngestConfig, IngestReport, ingest, read_report
@@ -543,10 +543,20 @@ def test_a_noun_is_a_word_of_its_own_and_the_only_one() -> None:
         "a cat and a boy": Reason.SEVERAL_NAMED,
         "\n": Reason.NO_CAPTION,
         "a {subject} man": Reason.UNUSABLE_CAPTION,
+        "a man, " + "very " * 200: Reason.UNUSABLE_CAPTION,
     }.items():
         with pytest.raises(Dropped) as dropped:
             named(text)
         assert dropped.value.reason == reason
+
+
+def test_why_a_pair_is_dropped_is_told_in_few_words_whatever_it_holds() -> None:
+    with pytest.raises(Dropped) as dropped:
+        text_of(b"a m\xffn " * 10_000)
+    pair = Pair(row=0, name="").dropped(dropped.value.reason, dropped.value.detail)
+    assert len(pair.detail) < 1000
+    assert pair.detail.startswith(r"caption b'a m\xffn")
+    assert pair.detail.endswith("save it as UTF-8")
 
 
 def test_pictures_and_masks_are_judged_by_the_papers_rules() -> None:
