@@ -10,8 +10,8 @@ that start with "." or "_". A URI may also name one such file.
 
 A unit is one tar, one Parquet file, or a few lines of a list. What cannot be read becomes a pair that is dropped with
 its reason: damage costs what it touches and nothing beside. A file is known by its name, size and time of change, a
-list's lines by their text: the pictures that a line names are taken never to change. Of a list that got more lines at
-its end, the last slice that was not full is read again with them.
+list's lines by their folder and text: the pictures that a line names are taken never to change. Of a list that got more
+lines at its end, the last slice that was not full is read again with them.
 """
 
 from __future__ import annotations
@@ -93,7 +93,9 @@ class Unit:
 
     def id(self, rules: str) -> str:
         """What a run under these rules (their digest) is known by."""
-        return digest_of(self.kind, self.key, self.part, self.stamp, rules)
+        # A list's lines may name files beside it: those of another folder are others.
+        folder = self.folder if self.kind == "list" else None
+        return digest_of(self.kind, folder, self.key, self.part, self.stamp, rules)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import struct
 import subprocess
 import sys
@@ -741,6 +742,22 @@ def test_a_source_named_from_this_folder_is_found_from_every_other(
         monkeypatch.chdir("/")
         (part,) = read_slices(unit, Columns(), pairs_per_slice=8, rules="")
         assert [(pair.image, pair.reason) for pair in part.pairs] == [(good[0].image, None)]
+
+
+def test_the_same_lines_in_another_folder_are_other_pairs_and_moved_files_are_the_same(
+    good: list[Raw], tmp_path: Path
+) -> None:
+    def ids(folder: str, key: str, data: bytes) -> list[str]:
+        path = tmp_path / folder / key
+        path.parent.mkdir()
+        path.write_bytes(data)
+        os.utime(path, (1, 1))
+        return [unit.id("rules") for unit in plan(f"{tmp_path}/{folder}", lines_per_unit=8)]
+
+    line = b'{"file_name": "0.png", "text": "a man"}'
+    assert ids("v1", "metadata.jsonl", line) != ids("v2", "metadata.jsonl", line)
+    tar = tar_of(good[:1])
+    assert ids("t1", "0.tar", tar) == ids("t2", "0.tar", tar)
 
 
 def test_bad_configurations_and_unfinished_data_sets_are_refused_at_once(tmp_path: Path) -> None:
