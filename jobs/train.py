@@ -119,11 +119,17 @@ def train(config: TrainConfig) -> TrainReport:
 
 
 def _check_shards(config: TrainConfig, shards: Shards) -> None:
-    """Raises TrainingError for shards that the base cannot be trained on, before anything is."""
+    """Raises TrainingError for shards that cannot be trained on as is asked, before anything is."""
+    held_out = Shards.of(config.data, VALIDATION)
+    if config.validation.every and not held_out.uris:
+        raise TrainingError(
+            f"validation.every is {config.validation.every}, and {config.data} holds out no pairs to validate on; "
+            "ingest with a larger share for validation, or pass --validation.every 0"
+        )
     base = locate(model_parts(config.model.base, None, config.model.image_encoder, None).base)
     if config.precomputed:
         shards.check_precomputed(base, PLACEHOLDER_TOKEN)
-    for split in (shards, Shards.of(config.data, VALIDATION)):
+    for split in (shards, held_out):
         split.check_captions(base, PLACEHOLDER_TOKEN)
 
 

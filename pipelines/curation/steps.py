@@ -78,7 +78,8 @@ def name_subject(pair: Pair, *, rules: Rules, tokenizer: CLIPTokenizer | None = 
         raise Dropped(Reason.NO_CAPTION, "the caption is missing or empty; write one that names the subject")
     if len(text) > MAX_PROMPT_CHARS:
         raise Dropped(
-            Reason.UNUSABLE_CAPTION, f"{len(text)} characters, at most {MAX_PROMPT_CHARS} are used; shorten it"
+            Reason.UNUSABLE_CAPTION,
+            f"the caption has {len(text)} characters, at most {MAX_PROMPT_CHARS} are used; shorten it",
         )
     classes = rules.classes()
     # Regardless of case "ı", "İ" and "ſ" match too, whose words are others: a gırl is none of the nouns.

@@ -219,6 +219,9 @@ def test_what_training_cannot_have_is_refused_at_once(project: Project, trained:
     for model, part in zip(other_models(project), ("base", "image encoder"), strict=True):
         with pytest.raises(TrainingError, match=rf"a run with {part} \w{{16}}, not {part} \w{{16}}; a run keeps"):
             train(replace(config, model=model))
+    write_curated(FileStore(project.folder / "all-trained-on"), 4, validation=0)
+    with pytest.raises(TrainingError, match=r"every is 3, and \S*/all-trained-on holds out no pairs to validate on"):
+        train(replace(config, data=f"{project.folder}/all-trained-on"))
     with pytest.raises(TrainingError, match="nothing precomputed"):
         train(replace(config, precomputed=True))
     missing = ModelConfig(**(vars(project.model) | {"weights": "models:/instantbooth@nobody"}))
