@@ -226,7 +226,7 @@ class AdapterObjective(nn.Module):
 
     def draw_at(self, positions: Tensor) -> Draws:
         """Random numbers of the samples at these positions of the training: each depends on its own position alone."""
-        generators = [_generator(self.config.seed, position) for position in positions.tolist()]
+        generators = [Generator().manual_seed(seed_of(self.config.seed, each)) for each in positions.tolist()]
         draws = [draw(self.booth.base, self.config, 1, generator) for generator in generators]
         return Draws(**{part.name: torch.cat([getattr(each, part.name) for each in draws]) for part in fields(Draws)})
 
@@ -255,10 +255,9 @@ class AdapterObjective(nn.Module):
         return {layer: float(gate.detach().tanh().abs()) for layer, gate in gates.items()}
 
 
-def _generator(seed: int, position: int) -> Generator:
-    """A generator of its own for every sample: neighbours in seed or position share nothing."""
-    entropy = np.random.SeedSequence([seed, position]).generate_state(1, np.uint64)[0]
-    return Generator().manual_seed(int(entropy))
+def seed_of(seed: int, number: int) -> int:
+    """A seed of torch's for one sample or step of a training: neighbours in seed or number share nothing."""
+    return int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0])
 
 
 def optimizer_for(objective: AdapterObjective, config: AdapterTrainingConfig) -> torch.optim.AdamW:
