@@ -39,7 +39,7 @@ from pipelines.curation.pairs import OnPairs, Slice
 from pipelines.curation.precompute import Precomputed, Precomputer
 from pipelines.curation.report import IngestReport, report_page, summarize
 from pipelines.curation.segment import SubjectFinder, folder_digest, load_model
-from pipelines.curation.shards import Draft, load_draft, stage, staged_key, unit_key, write_draft
+from pipelines.curation.shards import ENTRY, Draft, load_draft, stage, staged_key, unit_key, write_draft
 from pipelines.curation.sources import MAX_SLICE_BYTES, Columns, Unit, digest_of, plan, read_slices
 from pipelines.curation.steps import Rules, decode, judge_mask, name_subject, tokenizer_of
 
@@ -102,8 +102,8 @@ class IngestConfig:
 def ingest(config: IngestConfig) -> IngestReport:
     """Curates every pair of the source. One bad pair costs itself alone.
 
-    Raises StorageError where the source cannot be listed or the output cannot be written, WeightsError for a segmenter
-    that cannot be loaded, ParameterError for more actors or GPUs than the cluster has.
+    Raises StorageError where the source cannot be listed, or the output cannot be written or is something else's,
+    WeightsError for a segmenter that cannot be loaded, ParameterError for more actors or GPUs than the cluster has.
     """
     started = time.perf_counter()
     output = open_store(config.output)
@@ -111,6 +111,7 @@ def ingest(config: IngestConfig) -> IngestReport:
     rules = _rules_digest(config, base)
     units = plan(config.source, lines_per_unit=config.rows_per_shard)
     present = set(output.list())
+    entries = {key: entry for key, entry in _known_entries(config.output).items() if key in present}
     known = _known_slices(output, [unit.id(rules) for unit in units], present)
     new = [unit for unit in units if unit.id(rules) not in known]
     if new and config.segmenter:
@@ -123,8 +124,8 @@ def ingest(config: IngestConfig) -> IngestReport:
     slices = [Staged(digest=digest, source=unit.key) for unit in units for digest in digests[unit.id(rules)]]
     decisions = Decisions(config.output, slices, near_bits=config.near_bits, validation=config.validation)
     precomputed = Precomputed.by(base, config.rules.placeholder) if base and config.precompute else None
-    entries = _write(config, decisions, output, present, precomputed)
-    report = summarize(decisions, entries)
+    files = _write(config, decisions, output, entries, precomputed)
+    report = summarize(decisions, files)
     report = replace(report, processed=processed, seconds=round(time.perf_counter() - started, 1))
     manifest = {
         "version": VERSION,
@@ -133,7 +134,7 @@ def ingest(config: IngestConfig) -> IngestReport:
         "precomputed": precomputed and asdict(precomputed),
     }
     finished = {
-        MANIFEST: _json(manifest | {"files": entries}),
+        MANIFEST: _json(manifest | {"files": files}),
         PAGE: report_page(report, decisions, config.output, config.source).encode(),
         REPORT: _json(asdict(report)),
     }
@@ -185,6 +186,23 @@ def caption_rules(base: Path, placeholder: str) -> str:
     return digest_of(folder_digest(base / "tokenizer"), placeholder)
 
 
+def read_manifest(dataset: str) -> dict[str, Any]:
+    """The manifest of an ingestion's output folder. MissingObjectError without one, StorageError for a foreign one."""
+    data = patiently(partial(open_store(dataset).get, MANIFEST))
+    try:
+        manifest: dict[str, Any] = json.loads(data)
+        for entry in manifest["files"]:
+            for name, kind in ENTRY.items():
+                if not isinstance(entry[name], kind):
+                    raise TypeError(f"{name} is {entry[name]!r}")
+    except (ValueError, TypeError, KeyError) as error:
+        raise StorageError(
+            f"{MANIFEST} in {dataset} is damaged, or no ingestion's ({type(error).__name__}: {error}); name another "
+            "folder, or remove it and ingest again"
+        ) from error
+    return manifest
+
+
 def read_report(dataset: str) -> IngestReport:
     """The report of an ingestion's output folder. Raises StorageError where there is none."""
     advice = "point to the output of an ingestion that finished"
@@ -230,13 +248,13 @@ def _write(
     config: IngestConfig,
     decisions: Decisions,
     output: ObjectStore,
-    present: set[str],
+    known: dict[str, dict[str, Any]],
     precomputed: Precomputed | None,
 ) -> list[dict[str, Any]]:
-    """Writes the shards that are missing; the manifest's entries of all of them, in the order of the source."""
+    """Writes the shards that are not known; the manifest's entries of all of them, in the order of the source."""
+    entries = dict(known)
     extras = [config.actor_batch, asdict(precomputed)] if precomputed else []
     drafts = list(decisions.drafts(digest_of(config.rows_per_group, extras)))
-    entries = {key: entry for key, entry in _known_entries(output).items() if key in present}
     missing = [draft for draft in drafts if not draft.keys <= entries.keys()]
     for row in written(config, missing, output).iter_rows() if missing else ():
         entries |= {entry["key"]: entry for entry in json.loads(row["entries"])}
@@ -252,10 +270,10 @@ def _known_slices(output: ObjectStore, units: Iterable[str], present: set[str]) 
     return {unit: known for unit, known in slices.items() if all(staged_key(digest) in present for digest in known)}
 
 
-def _known_entries(output: ObjectStore) -> dict[str, dict[str, Any]]:
+def _known_entries(output: str) -> dict[str, dict[str, Any]]:
     """The manifest's entries of an earlier run."""
     try:
-        return {entry["key"]: entry for entry in json.loads(output.get(MANIFEST))["files"]}
+        return {entry["key"]: entry for entry in read_manifest(output)["files"]}
     except MissingObjectError:
         return {}
 

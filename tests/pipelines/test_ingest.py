@@ -773,6 +773,10 @@ def test_bad_configurations_and_unfinished_data_sets_are_refused_at_once(tmp_pat
         read_report(str(tmp_path))
     with pytest.raises(StorageError, match="there is nothing at"):
         ingest(IngestConfig(source=f"{tmp_path}/absent", output=f"{tmp_path}/out"))
+    FileStore(tmp_path / "source").put("a.jsonl", b"{}")
+    FileStore(tmp_path / "app").put("manifest.json", b'{"name": "an app"}')
+    with pytest.raises(StorageError, match=r"or no ingestion's \(KeyError: 'files'\); name another folder"):
+        ingest(IngestConfig(source=f"{tmp_path}/source", output=f"{tmp_path}/app"))
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(WeightsError, match="no segmentation model"):
         load_model(tmp_path, None)  # type: ignore[arg-type]
