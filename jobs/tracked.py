@@ -6,7 +6,9 @@ import logging
 import os
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -24,19 +26,22 @@ from jobs.cluster import ROOT
 from pipelines.feed import Shards
 from pipelines.trainer import LOG, PICTURES, TrainConfig
 
+OPENING_S = 30.0
+"""So long a run is waited for. MLflow itself tries a database that is down for 100 s."""
+
 log = logging.getLogger(__name__)
 
 
 class Tracking:
     """Begins the run, registers its weights, ends it. Without MLflow all of that is a warning.
 
-    A server that is down is waited for each time, and seconds only; whichever finds it first makes up for the others.
+    A server that is down is waited for each time, and seconds only; what finds it first makes up for what did not.
     """
 
     def __init__(self, config: TrainConfig, shards: Shards) -> None:
         self.config = config
         self.shards = shards
-        self._run: TrackedRun | None = None
+        self._opening: Future[TrackedRun] | None = None
 
     def begin(self) -> None:
         """Opens the run, and notes options, data and code."""
@@ -68,13 +73,29 @@ class Tracking:
             run.end(status)
 
     def _opened(self) -> TrackedRun:
-        """The run, with options, data and code noted, whenever that is first possible."""
-        if self._run is None:
-            run = open_run(self.config.model.tracking_uri, self.config.run, artifacts=self.config.artifacts)
-            run.log_parameters(_flat(asdict(self.config)) | {"dataset_digest": self.shards.digest})
-            run.tag(_provenance())
-            self._run = run
-        return self._run
+        """The run, once MLflow has it. TrackingError after OPENING_S: the opening goes on, for the next to find."""
+        if self._opening is None or (self._opening.done() and self._opening.exception()):
+            self._opening = Future()
+            threading.Thread(target=self._open, args=(self._opening,), daemon=True).start()
+        try:
+            return self._opening.result(OPENING_S)
+        except TimeoutError as error:
+            uri = self.config.model.tracking_uri
+            raise TrackingError(
+                f"MLflow at {uri} did not answer within {OPENING_S:g} s; start it, or name another"
+            ) from error
+
+    def _open(self, opening: Future[TrackedRun]) -> None:
+        """Opens the run, and notes options, data and code."""
+        tracking_uri = self.config.model.tracking_uri
+        try:
+            with reporting(tracking_uri):
+                run = open_run(tracking_uri, self.config.run, artifacts=self.config.artifacts)
+                run.log_parameters(_flat(asdict(self.config)) | {"dataset_digest": self.shards.digest})
+                run.tag(_provenance())
+            opening.set_result(run)
+        except Exception as error:
+            opening.set_exception(error)
 
     @contextmanager
     def _attempt(self, consequence: str) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from mlflow.entities import Run
 
 from instantbooth.storage import FileStore
 from instantbooth.training.checkpoints import log_bytes
+from jobs import tracked
 from jobs.tracked import Tracking
 from pipelines.feed import Shards
 from pipelines.model import ModelConfig
@@ -50,3 +52,20 @@ def test_what_mlflow_missed_is_made_up_for_when_it_is_back(tracking: Tracking, t
     assert run.data.params["adapters.batch_size"] == "32"
     assert run.data.params["dataset_digest"] == tracking.shards.digest
     assert run.data.tags["code"]
+
+
+def test_a_database_that_does_not_answer_is_waited_for_a_bounded_time(
+    tracking: Tracking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # No file can be opened here, and MLflow tries for a minute and a half.
+    in_the_way = tmp_path / "mlflow" / "mlflow.db"
+    in_the_way.mkdir(parents=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(tracked, "OPENING_S", 0.5)
+        began = time.perf_counter()
+        tracking.begin()
+        tracking.register(1, {}, "file:///weights")
+        assert time.perf_counter() - began < 5
+    in_the_way.rmdir()
+    tracking.end("KILLED")
+    assert run_of(tracking).info.status == "KILLED"
