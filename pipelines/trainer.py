@@ -49,6 +49,8 @@ from pipelines.probe import judged, png_of, validation_pictures
 LOG = "log/"
 PICTURES = "pictures"
 REPORT_EVERY_S = 0.5
+LEAST = {"workers": 1, "gpus_per_worker": 0, "checkpoint_every": 1, "keep_last": 1, "keep_best": 0}
+"""Of fields of TrainConfig."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,9 +110,9 @@ class TrainConfig:
     """Steps, batch, learning rates."""
 
     def __post_init__(self) -> None:
-        for name in ("workers", "checkpoint_every", "keep_last"):
-            if getattr(self, name) < 1:
-                raise ParameterError(f"{name} must be at least 1, is {getattr(self, name)}; raise it")
+        for name, least in LEAST.items():
+            if getattr(self, name) < least:
+                raise ParameterError(f"{name} must be at least {least}, is {getattr(self, name)}; raise it")
         parts = self.workers * self.compute.accumulation
         if self.adapters.batch_size % parts:
             raise ParameterError(

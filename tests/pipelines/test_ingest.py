@@ -767,6 +767,8 @@ def test_bad_configurations_and_unfinished_data_sets_are_refused_at_once(tmp_pat
         Rules(nouns={"Bride!": "person"})
     with pytest.raises(ParameterError, match="precompute needs a base"):
         IngestConfig(source="a", output="b", precompute=True)
+    with pytest.raises(ParameterError, match="gpus_per_actor must be at least 0, is -1"):
+        IngestConfig(source="a", output="b", gpus_per_actor=-1)
     with pytest.raises(ParameterError, match="lies within source"):
         IngestConfig(source="s3://bucket/data", output="s3://bucket/data/curated")
     with pytest.raises(StorageError, match=r"no report\.json"):

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from instantbooth.errors import TrainingError
+from instantbooth.errors import ParameterError, TrainingError
 from instantbooth.storage import FileStore
 from instantbooth.training.adapters import AdapterTrainingConfig
 from instantbooth.training.checkpoints import Checkpoints
 from instantbooth.training.session import ComputeConfig, TrainingSession
-from pipelines.trainer import restore
+from pipelines.trainer import TrainConfig, restore
 from tests.tiny import tiny_booth
 
 
@@ -32,3 +32,11 @@ def test_a_worker_that_cannot_read_what_the_first_found_does_not_train_apart(
     (tmp_path / "checkpoints" / "000000010" / "state.pt").unlink()
     with pytest.raises(TrainingError, match="step 10 is whole for the first worker and damaged for another"):
         restore(session, checkpoints)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("workers", 0), ("keep_last", 0), ("keep_best", -1), ("gpus_per_worker", -1)]
+)
+def test_options_below_what_makes_sense_are_refused(name: str, value: int) -> None:
+    with pytest.raises(ParameterError, match=f"{name} must be at least {value + 1}, is {value}; raise it"):
+        TrainConfig(data="curated", output="run", **{name: value})
