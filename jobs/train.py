@@ -104,6 +104,7 @@ def train(config: TrainConfig) -> TrainReport:
         image_size=booth.base.image_size,
         latent_size=int(booth.base.unet.config.sample_size),
         encoder_size=booth.image_encoder.size,
+        augmentation=config.augmentation,
         with_pixels=not config.precomputed,
     )
     job = TrainingJob(config=config, shards=shards, prepare=preparer, fingerprint=fingerprint)

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from instantbooth import Personalizer
 from instantbooth.errors import InstantBoothError, ParameterError, StorageError, TrainingError
+from instantbooth.images import Augmentation
 from instantbooth.model.base import PARTS, locate
 from instantbooth.presets import model_parts
 from instantbooth.storage import ObjectStore, absolute_uri, open_store, patiently
@@ -108,6 +109,8 @@ class TrainConfig:
     """URI for the artifacts of a new MLflow experiment; by default MLflow's choice."""
     adapters: AdapterTrainingConfig = field(default_factory=AdapterTrainingConfig)
     """Steps, batch, learning rates."""
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    """How the conditioning picture is varied."""
 
     def __post_init__(self) -> None:
         for name, least in LEAST.items():

@@ -111,7 +111,7 @@ class ExamplePreparer:
         image_size: int,
         latent_size: int,
         encoder_size: int,
-        augmentation: Augmentation | None = None,
+        augmentation: Augmentation,
         with_pixels: bool = True,
     ) -> None:
         """`with_pixels=False` leaves out pixel_values, which a training on precomputed latents does not need."""
@@ -119,12 +119,12 @@ class ExamplePreparer:
         self.image_size = image_size
         self.latent_size = latent_size
         self.encoder_size = encoder_size
-        self.augmentation = augmentation or Augmentation()
+        self.augmentation = augmentation
         self.with_pixels = with_pixels
 
     @classmethod
-    def for_model(cls, base: str, image_encoder: str, augmentation: Augmentation | None = None) -> ExamplePreparer:
-        """Reads sizes and tokenizer from the folders (or hub names) of base model and image encoder."""
+    def for_model(cls, base: str, image_encoder: str) -> ExamplePreparer:
+        """With the usual augmentation, and sizes and tokenizer from the folders (or hub names) of the models."""
         folder, clip = locate(base), locate(image_encoder)
         try:
             unet = json.loads((folder / "unet" / "config.json").read_text())
@@ -138,7 +138,7 @@ class ExamplePreparer:
             image_size=unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1),
             latent_size=unet["sample_size"],
             encoder_size=vision.get("vision_config", vision)["image_size"],
-            augmentation=augmentation,
+            augmentation=Augmentation(),
         )
 
     def __call__(
