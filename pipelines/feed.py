@@ -123,7 +123,7 @@ class Shards:
         if self.precomputed.placeholder != placeholder:
             raise TrainingError(
                 f"the shards were precomputed with the placeholder {self.precomputed.placeholder!r}, training says "
-                f"{placeholder!r}; ingest again with rules.placeholder {placeholder}"
+                f"{placeholder!r}; ingest again"
             )
         if self.precomputed != Precomputed.by(base, placeholder):
             raise TrainingError(f"the shards were precomputed by another base than {base}; ingest again with that base")

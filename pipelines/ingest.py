@@ -32,6 +32,7 @@ from transformers import CLIPTokenizer
 from instantbooth.errors import MissingObjectError, ParameterError, StorageError
 from instantbooth.model.base import check_layout, locate
 from instantbooth.presets import preset
+from instantbooth.prompts import PLACEHOLDER_TOKEN
 from instantbooth.storage import FileStore, ObjectStore, S3Store, open_store, patiently
 from pipelines.checks import check_actors
 from pipelines.curation.decisions import Decisions, Staged
@@ -125,14 +126,14 @@ def ingest(config: IngestConfig) -> IngestReport:
     digests = known | fresh
     slices = [Staged(digest=digest, source=unit.key) for unit in units for digest in digests[unit.id(rules)]]
     decisions = Decisions(config.output, slices, near_bits=config.near_bits, validation=config.validation)
-    precomputed = Precomputed.by(base, config.rules.placeholder) if base and config.precompute else None
+    precomputed = Precomputed.by(base, PLACEHOLDER_TOKEN) if base and config.precompute else None
     files = _write(config, decisions, output, entries, precomputed)
     report = summarize(decisions, files)
     report = replace(report, processed=processed, seconds=round(time.perf_counter() - started, 1))
     manifest = {
         "version": VERSION,
         "rules": rules,
-        "captions": base and caption_rules(base, config.rules.placeholder),
+        "captions": base and caption_rules(base, PLACEHOLDER_TOKEN),
         "precomputed": precomputed and asdict(precomputed),
     }
     finished = {
@@ -176,7 +177,7 @@ def written(config: IngestConfig, drafts: Sequence[Draft], output: ObjectStore) 
         loaded = loaded.map(
             Precomputer,
             fn_constructor_args=(_base(config),),
-            fn_constructor_kwargs={"placeholder": config.rules.placeholder, **_placed(config)},
+            fn_constructor_kwargs={"placeholder": PLACEHOLDER_TOKEN, **_placed(config)},
             compute=ray.data.ActorPoolStrategy(size=config.actors),
             num_gpus=config.gpus_per_actor,
         )

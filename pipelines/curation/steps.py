@@ -21,7 +21,6 @@ from instantbooth.images import ImageLimits, check_mask, decode_image, mask_cove
 from instantbooth.prompts import (
     CLASS_NOUNS,
     MAX_PROMPT_CHARS,
-    PLACEHOLDER_TOKEN,
     SUBJECT_FIELD,
     expand,
     tokenize_subject,
@@ -47,8 +46,6 @@ class Rules:
     """The picture's shorter side, in pixels; the side of the model's pictures is a good choice."""
     nouns: dict[str, str] = field(default_factory=dict)
     """More nouns by which captions name a subject, each with its class: `--rules.nouns bride person tabby cat`."""
-    placeholder: str = PLACEHOLDER_TOKEN
-    """The word that training will put before the noun; a caption that holds it already is of no use."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_coverage < self.max_coverage <= 1:
@@ -71,7 +68,8 @@ class Rules:
 def name_subject(pair: Pair, *, rules: Rules, tokenizer: CLIPTokenizer | None = None) -> Pair:
     """Finds the one class noun of the caption, as a whole word, and puts {subject} in its place.
 
-    Given the tokenizer of a Stable Diffusion, its text encoder must reach it.
+    A caption that holds the placeholder token, which training puts there, is of no use. Given the tokenizer of a Stable
+    Diffusion, its text encoder must reach the subject.
     """
     text = " ".join(pair.text.split())
     if not text:
@@ -91,9 +89,9 @@ def name_subject(pair: Pair, *, rules: Rules, tokenizer: CLIPTokenizer | None = 
     noun = found[0][0].lower()
     caption = text[: found[0].start()] + SUBJECT_FIELD + text[found[0].end() :]
     try:
-        prompt = expand(caption, noun, rules.placeholder)
+        prompt = expand(caption, noun)
         if tokenizer:
-            tokenize_subject(tokenizer, prompt, rules.placeholder)
+            tokenize_subject(tokenizer, prompt)
     except PromptError as error:
         raise Dropped(Reason.UNUSABLE_CAPTION, str(error)) from error
     return replace(pair, caption=caption, noun=noun, subject=classes[noun])
