@@ -106,13 +106,15 @@ def ingest(config: IngestConfig) -> IngestReport:
     """Curates every pair of the source. One bad pair costs itself alone.
 
     Raises StorageError where the source cannot be listed, or the output cannot be written or is something else's,
-    WeightsError for a segmenter that cannot be loaded, ParameterError for more actors or GPUs than the cluster has.
+    WeightsError for a segmenter that cannot be loaded, ParameterError for columns that the source cannot have, and for
+    more actors or GPUs than the cluster has.
     """
     started = time.perf_counter()
     output = open_store(config.output)
     base = _base_folder(config)
     rules = _rules_digest(config, base)
     units = plan(config.source, lines_per_unit=config.rows_per_shard)
+    config.columns.check(units)
     present = set(output.list())
     entries = {key: entry for key, entry in _known_entries(config.output).items() if key in present}
     known = _known_slices(output, [unit.id(rules) for unit in units], present)

@@ -21,7 +21,7 @@ import hashlib
 import itertools
 import json
 import posixpath
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 
-from instantbooth.errors import StorageError
+from instantbooth.errors import ParameterError, StorageError
 from instantbooth.storage import FileStore, S3Store, check_key, check_uri, open_store, open_uri, patiently, read_uri
 from pipelines.curation.lists import Line, csv_lines, json_line, json_lines
 from pipelines.curation.pairs import MAX_FILE_BYTES, Dropped, Pair, Reason, Slice, storable
@@ -52,7 +52,10 @@ STREAM_BYTES = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """Names of a source's columns; where none is given, the usual ones are looked for."""
+    """Names of a source's columns; where none is given, the usual ones are looked for.
+
+    In a tar the ending of a file tells what it is: only the caption's name, in the JSON, is a matter of choice.
+    """
 
     image: str | None = None
     """Bytes, URI or file name of the picture."""
@@ -63,6 +66,15 @@ class Columns:
     def all(self) -> set[str]:
         """Every column that is looked for."""
         return {name for names in (self.of_image(), self.of_mask(), self.of_caption()) for name in names}
+
+    def check(self, units: Sequence[Unit]) -> None:
+        """Raises ParameterError for a column of pictures or masks where they come in tars."""
+        for name in ("image", "mask"):
+            if getattr(self, name) and any(unit.kind == "tar" for unit in units):
+                raise ParameterError(
+                    f"columns.{name} is {getattr(self, name)!r}, but in tars the ending tells pictures "
+                    f"(.{', .'.join(IMAGE_TYPES)}) and masks (.mask.png); leave it out"
+                )
 
     def of_image(self) -> tuple[str, ...]:
         return (self.image,) if self.image else IMAGE_COLUMNS

@@ -771,6 +771,9 @@ def test_bad_configurations_and_unfinished_data_sets_are_refused_at_once(tmp_pat
         IngestConfig(source="a", output="b", gpus_per_actor=-1)
     with pytest.raises(ParameterError, match="lies within source"):
         IngestConfig(source="s3://bucket/data", output="s3://bucket/data/curated")
+    FileStore(tmp_path / "tars").put("0.tar", b"")
+    with pytest.raises(ParameterError, match=r"columns\.mask is 'seg', but in tars the ending tells .* leave it out"):
+        curate(f"{tmp_path}/tars", f"{tmp_path}/out", columns=Columns(mask="seg"))
     with pytest.raises(StorageError, match=r"no report\.json"):
         read_report(str(tmp_path))
     with pytest.raises(StorageError, match="there is nothing at"):
