@@ -21,7 +21,7 @@ import torch
 from instantbooth.errors import StorageError, TrackingError
 from instantbooth.storage import open_store, patiently
 from instantbooth.tracking import TrackedRun, open_run, reporting
-from instantbooth.training.checkpoints import log_lines
+from instantbooth.training.checkpoints import FOLDER, log_lines
 from jobs.cluster import ROOT
 from pipelines.feed import Shards
 from pipelines.trainer import LOG, PICTURES, TrainConfig
@@ -55,7 +55,7 @@ class Tracking:
             run = self._opened()
             for name, data in files.items():
                 (Path(scratch) / name).write_bytes(data)
-            run.tag({"checkpoints": f"{self.config.output}/checkpoints", "weights": folder})
+            run.tag({"weights": folder})
             model = {"base": self.config.model.base, "image_encoder": self.config.model.image_encoder}
             return run.run_id, run.register(Path(scratch), step=step, **model)
         return "", folder
@@ -86,13 +86,13 @@ class Tracking:
             ) from error
 
     def _open(self, opening: Future[TrackedRun]) -> None:
-        """Opens the run, and notes options, data and code."""
+        """Opens the run, and notes options, data, code, and where checkpoints are."""
         tracking_uri = self.config.model.tracking_uri
         try:
             with reporting(tracking_uri):
                 run = open_run(tracking_uri, self.config.run, artifacts=self.config.artifacts)
                 run.log_parameters(_flat(asdict(self.config)) | {"dataset_digest": self.shards.digest})
-                run.tag(_provenance())
+                run.tag(_provenance() | {"checkpoints": f"{self.config.run}/{FOLDER}"})
             opening.set_result(run)
         except Exception as error:
             opening.set_exception(error)

@@ -52,6 +52,7 @@ def test_what_mlflow_missed_is_made_up_for_when_it_is_back(tracking: Tracking, t
     assert run.data.params["adapters.batch_size"] == "32"
     assert run.data.params["dataset_digest"] == tracking.shards.digest
     assert run.data.tags["code"]
+    assert run.data.tags["checkpoints"] == f"file://{tmp_path}/run/checkpoints"
 
 
 def test_a_database_that_does_not_answer_is_waited_for_a_bounded_time(
