@@ -24,6 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
 from instantbooth.errors import InstantBoothError, ParameterError, StoppedError, TrainingError
+from instantbooth.evaluation.miniature import judges_of
 from instantbooth.model.base import locate
 from instantbooth.presets import model_parts
 from instantbooth.prompts import PLACEHOLDER_TOKEN
@@ -95,6 +96,7 @@ def train(config: TrainConfig) -> TrainReport:
     config = config.absolute()
     shards = Shards.of(config.data)
     check_cluster(config)
+    check_judges(config)
     _check_shards(config, shards)
     booth = config.start(device="cpu")
     fingerprint = config.fingerprint(shards, booth)
@@ -132,6 +134,16 @@ def _check_shards(config: TrainConfig, shards: Shards) -> None:
         shards.check_precomputed(base, PLACEHOLDER_TOKEN)
     for split in (shards, held_out):
         split.check_captions(base, PLACEHOLDER_TOKEN)
+
+
+def check_judges(config: TrainConfig) -> None:
+    """Raises ParameterError for identities of the miniature with a base that pictures another world."""
+    wanted = config.validation.identities if config.validation.every else 0
+    if wanted and judges_of(config.model.base) is None:
+        raise ParameterError(
+            f"validation.identities is {wanted}, and {config.model.base} is no miniature, with its judges beside it; "
+            "they would judge pictures they know nothing of: pass --validation.identities 0"
+        )
 
 
 def check_cluster(config: TrainConfig) -> None:

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from instantbooth import Personalizer
 from instantbooth.errors import InstantBoothError, ParameterError, StorageError, TrainingError
+from instantbooth.evaluation.miniature import judges_of
 from instantbooth.images import Augmentation
 from instantbooth.model.base import PARTS, locate
 from instantbooth.presets import model_parts
@@ -353,8 +354,8 @@ class Worker:
         with self.session.averaged() as booth:
             shards = Shards.of(self.config.data, VALIDATION)
             sheet = validation_pictures(booth, shards, settings.pictures) if settings.pictures else None
-            if settings.identities:
-                metrics |= judged(booth, settings.identities)
+            if settings.identities and (judges := judges_of(self.config.model.base)):
+                metrics |= judged(booth, judges, settings.identities)
         if sheet:
             key, data = f"{PICTURES}/{self.session.step:09d}.png", png_of(sheet)
             patiently(partial(self.store.put, key, data))

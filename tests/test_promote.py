@@ -11,10 +11,12 @@ from mlflow.exceptions import MlflowException
 
 from instantbooth import Personalizer
 from instantbooth.config import GenerationDefaults
-from instantbooth.errors import TrackingError, WeightsError
+from instantbooth.errors import ParameterError, TrackingError, WeightsError
 from instantbooth.evaluation.judges import AttributeJudge, IdentityJudge
+from instantbooth.evaluation.miniature import judges_of
 from instantbooth.miniature.world import ATTRIBUTES
 from instantbooth.model.weights import read_tensors, tensors_digest
+from instantbooth.presets import miniature_folder
 from instantbooth.tracking import CANDIDATE, CHAMPION, Registry, open_run
 from jobs.evaluation.protocol import Protocol
 from jobs.promote import PromoteConfig, judge, promote
@@ -118,6 +120,13 @@ def test_a_gate_fails_where_the_candidate_is_worse_by_more_than_the_tolerance() 
     assert failed == ["identification_top1"]
     assert "0.4790 fails: at least 0.4800 (champion 0.5000)" in reasons[0]
     assert judge(champion | {"prompt_accuracy": 0.4}, None, config)[0] == ["prompt_accuracy"]
+
+
+def test_a_base_is_judged_by_its_own_miniatures_judges_or_by_those_that_are_named(config: PromoteConfig) -> None:
+    assert judges_of("miniature") == miniature_folder() / "judges" == judges_of(str(miniature_folder() / "base"))
+    assert judges_of("sd15") is None
+    with pytest.raises(ParameterError, match=r"belongs to \S*/base, which is no miniature .* name judges"):
+        promote(replace(config, judges=None))
 
 
 @pytest.mark.usefixtures("config")
