@@ -68,5 +68,6 @@ def test_a_database_that_does_not_answer_is_waited_for_a_bounded_time(
         tracking.register(1, {}, "file:///weights")
         assert time.perf_counter() - began < 5
     in_the_way.rmdir()
+    monkeypatch.setattr(tracked, "OPENING_S", 120)
     tracking.end("KILLED")
     assert run_of(tracking).info.status == "KILLED"

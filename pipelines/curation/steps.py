@@ -18,13 +18,7 @@ from transformers import CLIPTokenizer
 
 from instantbooth.errors import BaseModelError, ImageError, ParameterError, PromptError
 from instantbooth.images import ImageLimits, check_mask, decode_image, mask_coverage
-from instantbooth.prompts import (
-    CLASS_NOUNS,
-    MAX_PROMPT_CHARS,
-    SUBJECT_FIELD,
-    expand,
-    tokenize_subject,
-)
+from instantbooth.prompts import CLASS_NOUNS, MAX_PROMPT_CHARS, SUBJECT_FIELD, expand, tokenize_subject
 from pipelines.curation.duplicates import look_of
 from pipelines.curation.pairs import Dropped, Pair, Reason
 
