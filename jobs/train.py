@@ -141,8 +141,8 @@ def check_judges(config: TrainConfig) -> None:
     wanted = config.validation.identities if config.validation.every else 0
     if wanted and judges_of(config.model.base) is None:
         raise ParameterError(
-            f"validation.identities is {wanted}, and {config.model.base} is no miniature, with its judges beside it; "
-            "they would judge pictures they know nothing of: pass --validation.identities 0"
+            f"validation.identities is {wanted}, and {config.model.base} is no miniature with judges beside it; the "
+            "shipped ones know nothing of its pictures: pass --validation.identities 0"
         )
 
 
