@@ -214,7 +214,7 @@ def test_what_training_cannot_have_is_refused_at_once(project: Project, trained:
         train(replace(config, gpus_per_worker=1))
     with pytest.raises(ParameterError, match=r"5 CPU, 4 for workers and one for the feed .* has 4; lower workers"):
         train(replace(config, workers=4))
-    with pytest.raises(ParameterError, match=r"identities is 2, and \S*/base is no miniature .* identities 0"):
+    with pytest.raises(ParameterError, match=r"identities is 2, and \S*/base is no miniature .*identities 0"):
         train(replace(config, validation=replace(config.validation, identities=2)))
     with pytest.raises(TrainingError, match="batch size 4, not"):
         train(replace(config, adapters=replace(config.adapters, batch_size=8)))
