@@ -100,7 +100,8 @@ case "${1:-up}" in
         ;;
     test)
         pairs
-        job jobs.ingest --source "s3://$BUCKET/pairs" --output "s3://$BUCKET/curated" --base miniature
+        job jobs.ingest --source "s3://$BUCKET/pairs" --output "s3://$BUCKET/curated" --base miniature \
+            --validation 0.1
         job jobs.train miniature --data "s3://$BUCKET/curated" --output "s3://$BUCKET/run" \
             --model.tracking-uri "$TRACKING" --adapters.steps 6 --adapters.batch-size 8 --checkpoint-every 3 \
             --validation.every 6 --validation.pairs 4 --validation.pictures 1 --validation.identities 1

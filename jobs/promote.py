@@ -10,8 +10,8 @@ from pathlib import Path
 
 from instantbooth import Personalizer
 from instantbooth.errors import ParameterError, WeightsError
-from instantbooth.evaluation.miniature import Examination, draw_subjects
-from instantbooth.presets import miniature_folder, tracking_uri
+from instantbooth.evaluation.miniature import Examination, draw_subjects, judges_of
+from instantbooth.presets import tracking_uri
 from instantbooth.tracking import CANDIDATE, CHAMPION, Registry, Version
 from jobs import cli
 
@@ -33,7 +33,7 @@ class PromoteConfig:
     floors: tuple[float, float, float] = (0.0, 0.0, 0.0)
     """Least identification_top1, identity_similarity and prompt_accuracy, champion or not."""
     judges: Path | None = None
-    """Folder with the judges attributes/ and identity/; the shipped ones if none is given."""
+    """Folder with the judges attributes/ and identity/; those beside the candidate's base if none is given."""
 
     def __post_init__(self) -> None:
         if self.identities < 1:
@@ -58,15 +58,20 @@ def promote(config: PromoteConfig) -> Decision:
     """Examines both versions on the same identities, prompts and seeds, and moves the alias if no gate fails.
 
     What is promoted is the version that was examined, whatever the candidate's alias names by then. Raises WeightsError
-    where there is no candidate, TrackingError where the registry could not be asked: then no alias moves.
+    where there is no candidate, ParameterError where nobody can judge it, TrackingError where the registry could not be
+    asked: then no alias moves.
     """
     registry = Registry(config.tracking_uri)
     candidate = registry.version(config.candidate)
     champion = registry.find(CHAMPION)
-    figures = {"candidate": _figures(config, candidate)}
+    for version in (candidate, champion):
+        if version is not None and not version.base:
+            raise WeightsError(f"{version.uri} does not say which base it was trained for; register it by a training")
+    judges = _judges(config, candidate)
+    figures = {"candidate": _figures(config, candidate, judges)}
     if champion is not None:
         same = champion.number == candidate.number
-        figures["champion"] = figures["candidate"] if same else _figures(config, champion)
+        figures["champion"] = figures["candidate"] if same else _figures(config, champion, judges)
     failed, reasons = judge(figures["candidate"], figures.get("champion"), config)
     decision = Decision(
         candidate=candidate.uri,
@@ -97,13 +102,21 @@ def judge(
     return failed, reasons
 
 
-def _figures(config: PromoteConfig, version: Version) -> dict[str, float]:
-    if not version.base:
-        raise WeightsError(f"{version.uri} does not say which base it was trained for; register it by a training")
+def _judges(config: PromoteConfig, candidate: Version) -> Path:
+    """The folder of those named, else of the miniature that the candidate belongs to."""
+    judges = config.judges or judges_of(candidate.base)
+    if judges is None:
+        raise ParameterError(
+            f"{candidate.uri} belongs to {candidate.base}, which is no miniature with judges beside it; name judges "
+            "that know its pictures: --judges"
+        )
+    return judges
+
+
+def _figures(config: PromoteConfig, version: Version, judges: Path) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as scratch:
         weights = Registry(config.tracking_uri).download(version, Path(scratch))
         booth = Personalizer.from_pretrained(version.base, image_encoder=version.image_encoder or None, weights=weights)
-    judges = config.judges or miniature_folder() / "judges"
     exam = Examination(booth, judges, draw_subjects("validation", config.identities))
     pictures = exam.personalized(exam.concepts(5))
     values = (exam.identification_top1(pictures), exam.similarity(pictures), exam.prompt_accuracy(pictures))

@@ -6,7 +6,9 @@ import logging
 import os
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -19,10 +21,13 @@ import torch
 from instantbooth.errors import StorageError, TrackingError
 from instantbooth.storage import open_store, patiently
 from instantbooth.tracking import TrackedRun, open_run, reporting
-from instantbooth.training.checkpoints import log_lines
+from instantbooth.training.checkpoints import FOLDER, log_lines
 from jobs.cluster import ROOT
 from pipelines.feed import Shards
 from pipelines.trainer import LOG, PICTURES, TrainConfig
+
+OPENING_S = 30.0
+"""So long a run is waited for. MLflow itself tries a database that is down for 100 s."""
 
 log = logging.getLogger(__name__)
 
@@ -30,20 +35,18 @@ log = logging.getLogger(__name__)
 class Tracking:
     """Begins the run, registers its weights, ends it. Without MLflow all of that is a warning.
 
-    A server that is down is waited for twice at most, when the training begins and when it ends, and seconds only.
+    A server that is down is waited for each time, and seconds only; what finds it first makes up for what did not.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, shards: Shards) -> None:
         self.config = config
-        self._run: TrackedRun | None = None
-        self._given_up = False
+        self.shards = shards
+        self._opening: Future[TrackedRun] | None = None
 
-    def begin(self, shards: Shards) -> None:
+    def begin(self) -> None:
         """Opens the run, and notes options, data and code."""
-        with self._attempt("training goes on, and its metrics are delivered when it is back"):
-            run = self._opened()
-            run.log_parameters(_flat(asdict(self.config)) | {"dataset_digest": shards.digest})
-            run.tag(_provenance())
+        with self._attempt("training goes on, and what it missed is delivered when it is back"):
+            self._opened()
 
     def register(self, step: int, files: Mapping[str, bytes], folder: str) -> tuple[str, str]:
         """The run's id and the URI of the version; empty, and the folder, where MLflow cannot be had."""
@@ -52,16 +55,13 @@ class Tracking:
             run = self._opened()
             for name, data in files.items():
                 (Path(scratch) / name).write_bytes(data)
-            run.tag({"checkpoints": f"{self.config.output}/checkpoints", "weights": folder})
+            run.tag({"weights": folder})
             model = {"base": self.config.model.base, "image_encoder": self.config.model.image_encoder}
             return run.run_id, run.register(Path(scratch), step=step, **model)
-        self._given_up = True
         return "", folder
 
     def end(self, status: str) -> None:
         """Delivers what the training's own log has and the run has not, its machines too; FINISHED, KILLED, FAILED."""
-        if self._given_up:
-            return
         with self._attempt(f"what it missed is in {self.config.output}/{LOG}, and the same command delivers it"):
             run = self._opened()
             store = open_store(self.config.output)
@@ -73,10 +73,29 @@ class Tracking:
             run.end(status)
 
     def _opened(self) -> TrackedRun:
-        self._run = self._run or open_run(
-            self.config.model.tracking_uri, self.config.run, artifacts=self.config.artifacts
-        )
-        return self._run
+        """The run, once MLflow has it. TrackingError after OPENING_S: the opening goes on, for the next to find."""
+        if self._opening is None or (self._opening.done() and self._opening.exception()):
+            self._opening = Future()
+            threading.Thread(target=self._open, args=(self._opening,), daemon=True).start()
+        try:
+            return self._opening.result(OPENING_S)
+        except TimeoutError as error:
+            uri = self.config.model.tracking_uri
+            raise TrackingError(
+                f"MLflow at {uri} did not answer within {OPENING_S:g} s; start it, or name another"
+            ) from error
+
+    def _open(self, opening: Future[TrackedRun]) -> None:
+        """Opens the run, and notes options, data, code, and where checkpoints are."""
+        tracking_uri = self.config.model.tracking_uri
+        try:
+            with reporting(tracking_uri):
+                run = open_run(tracking_uri, self.config.run, artifacts=self.config.artifacts)
+                run.log_parameters(_flat(asdict(self.config)) | {"dataset_digest": self.shards.digest})
+                run.tag(_provenance() | {"checkpoints": f"{self.config.run}/{FOLDER}"})
+            opening.set_result(run)
+        except Exception as error:
+            opening.set_exception(error)
 
     @contextmanager
     def _attempt(self, consequence: str) -> Iterator[None]:

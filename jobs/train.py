@@ -24,6 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
 from instantbooth.errors import InstantBoothError, ParameterError, StoppedError, TrainingError
+from instantbooth.evaluation.miniature import judges_of
 from instantbooth.model.base import locate
 from instantbooth.presets import model_parts
 from instantbooth.prompts import PLACEHOLDER_TOKEN
@@ -95,6 +96,7 @@ def train(config: TrainConfig) -> TrainReport:
     config = config.absolute()
     shards = Shards.of(config.data)
     check_cluster(config)
+    check_judges(config)
     _check_shards(config, shards)
     booth = config.start(device="cpu")
     fingerprint = config.fingerprint(shards, booth)
@@ -104,6 +106,7 @@ def train(config: TrainConfig) -> TrainReport:
         image_size=booth.base.image_size,
         latent_size=int(booth.base.unet.config.sample_size),
         encoder_size=booth.image_encoder.size,
+        augmentation=config.augmentation,
         with_pixels=not config.precomputed,
     )
     job = TrainingJob(config=config, shards=shards, prepare=preparer, fingerprint=fingerprint)
@@ -119,12 +122,28 @@ def train(config: TrainConfig) -> TrainReport:
 
 
 def _check_shards(config: TrainConfig, shards: Shards) -> None:
-    """Raises TrainingError for shards that the base cannot be trained on, before anything is."""
+    """Raises TrainingError for shards that cannot be trained on as is asked, before anything is."""
+    held_out = Shards.of(config.data, VALIDATION)
+    if config.validation.every and not held_out.uris:
+        raise TrainingError(
+            f"validation.every is {config.validation.every}, and {config.data} holds out no pairs to validate on; "
+            "ingest with a larger share for validation, or pass --validation.every 0"
+        )
     base = locate(model_parts(config.model.base, None, config.model.image_encoder, None).base)
     if config.precomputed:
         shards.check_precomputed(base, PLACEHOLDER_TOKEN)
-    for split in (shards, Shards.of(config.data, VALIDATION)):
+    for split in (shards, held_out):
         split.check_captions(base, PLACEHOLDER_TOKEN)
+
+
+def check_judges(config: TrainConfig) -> None:
+    """Raises ParameterError for identities of the miniature with a base that pictures another world."""
+    wanted = config.validation.identities if config.validation.every else 0
+    if wanted and judges_of(config.model.base) is None:
+        raise ParameterError(
+            f"validation.identities is {wanted}, and {config.model.base} is no miniature with judges beside it; the "
+            "shipped ones know nothing of its pictures: pass --validation.identities 0"
+        )
 
 
 def check_cluster(config: TrainConfig) -> None:
@@ -250,8 +269,8 @@ def _write_weights(config: TrainConfig, files: dict[str, bytes]) -> str:
 @contextmanager
 def _tracked(config: TrainConfig, shards: Shards) -> Iterator[Tracking]:
     """Opens the run in MLflow and ends it as the training ended; without MLflow the training runs all the same."""
-    tracking = Tracking(config)
-    tracking.begin(shards)
+    tracking = Tracking(config, shards)
+    tracking.begin()
     status = "FAILED"
     try:
         yield tracking

@@ -60,6 +60,20 @@ def check_concepts(uri: str) -> None:
         raise MissingObjectError(f"{uri} is no earlier output and has no {CONCEPTS}/; correct --concepts, or omit it")
 
 
+def check_actors(actors: int, gpus_per_actor: float) -> None:
+    """Raises ParameterError where the cluster lacks what so many actors, and a task that feeds them, take."""
+    have = ray.cluster_resources()
+    if (gpus := actors * gpus_per_actor) > have.get("GPU", 0):
+        raise ParameterError(
+            f"the actors ask for {gpus:g} GPU, the cluster has {have.get('GPU', 0):g}; lower actors or gpus_per_actor"
+        )
+    if actors + 1 > have.get("CPU", 0):
+        raise ParameterError(
+            f"{actors} actors of one CPU each, and a task that reads for them, ask for {actors + 1} CPU; the cluster "
+            f"has {have.get('CPU', 0):g}; lower actors"
+        )
+
+
 def check_cluster(concept: Wanted, diffusion: Wanted) -> None:
     """Raises ParameterError where the cluster lacks what the pools start with: Ray would wait for it in silence."""
     have = ray.cluster_resources()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import io
-import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -39,7 +38,7 @@ from instantbooth.training.order import SampleOrder
 from pipelines.curation.precompute import Precomputed
 from pipelines.curation.shards import TRAIN
 from pipelines.curation.sources import open_filesystem
-from pipelines.ingest import MANIFEST, caption_rules
+from pipelines.ingest import MANIFEST, caption_rules, read_manifest
 
 Prepare = Callable[..., dict[str, Any]]
 
@@ -77,10 +76,10 @@ class Shards:
 
     @classmethod
     def of(cls, dataset: str, split: str = TRAIN) -> Shards:
-        """Reads the manifest in an ingestion's output folder. StorageError where there is none."""
+        """Reads the manifest in an ingestion's output folder. StorageError where there is none, or a foreign one."""
         store = open_store(dataset)
         try:
-            manifest = json.loads(patiently(partial(store.get, MANIFEST)))
+            manifest = read_manifest(dataset)
         except MissingObjectError as error:
             raise StorageError(f"there is no {MANIFEST} in {dataset}; point to an ingestion that finished") from error
         chosen = [entry for entry in manifest["files"] if entry["split"] == split and entry["rows"]]
@@ -124,7 +123,7 @@ class Shards:
         if self.precomputed.placeholder != placeholder:
             raise TrainingError(
                 f"the shards were precomputed with the placeholder {self.precomputed.placeholder!r}, training says "
-                f"{placeholder!r}; ingest again with rules.placeholder {placeholder}"
+                f"{placeholder!r}; ingest again"
             )
         if self.precomputed != Precomputed.by(base, placeholder):
             raise TrainingError(f"the shards were precomputed by another base than {base}; ingest again with that base")

@@ -32,20 +32,22 @@ from transformers import CLIPTokenizer
 from instantbooth.errors import MissingObjectError, ParameterError, StorageError
 from instantbooth.model.base import check_layout, load_tokenizer, locate
 from instantbooth.presets import preset
+from instantbooth.prompts import PLACEHOLDER_TOKEN
 from instantbooth.storage import FileStore, ObjectStore, S3Store, open_store, patiently
+from pipelines.checks import check_actors
 from pipelines.curation.decisions import Decisions, Staged
 from pipelines.curation.pairs import OnPairs, Slice
 from pipelines.curation.precompute import Precomputed, Precomputer
 from pipelines.curation.report import IngestReport, report_page, summarize
 from pipelines.curation.segment import SubjectFinder, folder_digest, load_model
-from pipelines.curation.shards import Draft, load_draft, stage, staged_key, unit_key, write_draft
+from pipelines.curation.shards import ENTRY, Draft, load_draft, stage, staged_key, unit_key, write_draft
 from pipelines.curation.sources import MAX_SLICE_BYTES, Columns, Unit, digest_of, plan, read_slices
 from pipelines.curation.steps import Rules, decode, judge_mask, name_subject
 
 MANIFEST = "manifest.json"
 REPORT = "report.json"
 PAGE = "report.html"
-VERSION = 2
+VERSION = 3
 """Raised when the same rules come to another outcome: nothing that an older version staged is used then."""
 READERS = 16
 
@@ -88,6 +90,8 @@ class IngestConfig:
         for name in ("actors", "actor_batch", "rows_per_shard", "rows_per_group"):
             if getattr(self, name) < 1:
                 raise ParameterError(f"{name} must be at least 1, is {getattr(self, name)}")
+        if self.gpus_per_actor < 0:
+            raise ParameterError(f"gpus_per_actor must be at least 0, is {self.gpus_per_actor:g}; 0 is the default")
         if not 0 <= self.near_bits < 64:
             raise ParameterError(f"near_bits must be from 0 to 63, is {self.near_bits}; 8 is the default")
         if not 0 <= self.validation < 1:
@@ -101,33 +105,41 @@ class IngestConfig:
 def ingest(config: IngestConfig) -> IngestReport:
     """Curates every pair of the source. One bad pair costs itself alone.
 
-    Raises StorageError where the source cannot be listed or the output cannot be written, WeightsError for a segmenter
-    that cannot be loaded.
+    Raises StorageError where the source cannot be listed, or the output cannot be written or is something else's,
+    WeightsError for a segmenter that cannot be loaded, ParameterError for columns that the source cannot have, and for
+    more actors or GPUs than the cluster has.
     """
     started = time.perf_counter()
     output = open_store(config.output)
     base = _base_folder(config)
     rules = _rules_digest(config, base)
     units = plan(config.source, lines_per_unit=config.rows_per_shard)
+    config.columns.check(units)
     present = set(output.list())
+    entries = {key: entry for key, entry in _known_entries(config.output).items() if key in present}
     known = _known_slices(output, [unit.id(rules) for unit in units], present)
     new = [unit for unit in units if unit.id(rules) not in known]
+    if new and config.segmenter:
+        # Its actors' constructors would fail with an error of Ray's.
+        load_model(locate(config.segmenter), torch.device("cpu"))
+    if config.segmenter or config.precompute:
+        check_actors(config.actors, config.gpus_per_actor)
     fresh, processed = _curate(config, new, rules, output, load_tokenizer(base) if base else None)
     digests = known | fresh
     slices = [Staged(digest=digest, source=unit.key) for unit in units for digest in digests[unit.id(rules)]]
     decisions = Decisions(config.output, slices, near_bits=config.near_bits, validation=config.validation)
-    precomputed = Precomputed.by(base, config.rules.placeholder) if base and config.precompute else None
-    entries = _write(config, decisions, output, present, precomputed)
-    report = summarize(decisions, entries)
+    precomputed = Precomputed.by(base, PLACEHOLDER_TOKEN) if base and config.precompute else None
+    files = _write(config, decisions, output, entries, precomputed)
+    report = summarize(decisions, files)
     report = replace(report, processed=processed, seconds=round(time.perf_counter() - started, 1))
     manifest = {
         "version": VERSION,
         "rules": rules,
-        "captions": base and caption_rules(base, config.rules.placeholder),
+        "captions": base and caption_rules(base, PLACEHOLDER_TOKEN),
         "precomputed": precomputed and asdict(precomputed),
     }
     finished = {
-        MANIFEST: _json(manifest | {"files": entries}),
+        MANIFEST: _json(manifest | {"files": files}),
         PAGE: report_page(report, decisions, config.output, config.source).encode(),
         REPORT: _json(asdict(report)),
     }
@@ -167,7 +179,7 @@ def written(config: IngestConfig, drafts: Sequence[Draft], output: ObjectStore) 
         loaded = loaded.map(
             Precomputer,
             fn_constructor_args=(_base(config),),
-            fn_constructor_kwargs={"placeholder": config.rules.placeholder, **_placed(config)},
+            fn_constructor_kwargs={"placeholder": PLACEHOLDER_TOKEN, **_placed(config)},
             compute=ray.data.ActorPoolStrategy(size=config.actors),
             num_gpus=config.gpus_per_actor,
         )
@@ -177,6 +189,23 @@ def written(config: IngestConfig, drafts: Sequence[Draft], output: ObjectStore) 
 def caption_rules(base: Path, placeholder: str) -> str:
     """What a data set says of its captions: the digest of the tokenizer that reaches their subjects, and of V̂."""
     return digest_of(folder_digest(base / "tokenizer"), placeholder)
+
+
+def read_manifest(dataset: str) -> dict[str, Any]:
+    """The manifest of an ingestion's output folder. MissingObjectError without one, StorageError for a foreign one."""
+    data = patiently(partial(open_store(dataset).get, MANIFEST))
+    try:
+        manifest: dict[str, Any] = json.loads(data)
+        for entry in manifest["files"]:
+            for name, kind in ENTRY.items():
+                if not isinstance(entry[name], kind):
+                    raise TypeError(f"{name} is {entry[name]!r}")
+    except (ValueError, TypeError, KeyError) as error:
+        raise StorageError(
+            f"{MANIFEST} in {dataset} is damaged, or no ingestion's ({type(error).__name__}: {error}); name another "
+            "folder, or remove it and ingest again"
+        ) from error
+    return manifest
 
 
 def read_report(dataset: str) -> IngestReport:
@@ -207,9 +236,6 @@ def _curate(
     lengths: dict[str, int] = {}
     unsettled: set[str] = set()
     processed = 0
-    if units and config.segmenter:
-        # Its actors' constructors would fail with an error of Ray's.
-        load_model(locate(config.segmenter), torch.device("cpu"))
     for row in curated(config, units, rules, output, tokenizer).iter_rows() if units else ():
         unit = row["unit"]
         slices.setdefault(unit, {})[row["number"]] = row["digest"]
@@ -227,13 +253,13 @@ def _write(
     config: IngestConfig,
     decisions: Decisions,
     output: ObjectStore,
-    present: set[str],
+    known: dict[str, dict[str, Any]],
     precomputed: Precomputed | None,
 ) -> list[dict[str, Any]]:
-    """Writes the shards that are missing; the manifest's entries of all of them, in the order of the source."""
+    """Writes the shards that are not known; the manifest's entries of all of them, in the order of the source."""
+    entries = dict(known)
     extras = [config.actor_batch, asdict(precomputed)] if precomputed else []
     drafts = list(decisions.drafts(digest_of(config.rows_per_group, extras)))
-    entries = {key: entry for key, entry in _known_entries(output).items() if key in present}
     missing = [draft for draft in drafts if not draft.keys <= entries.keys()]
     for row in written(config, missing, output).iter_rows() if missing else ():
         entries |= {entry["key"]: entry for entry in json.loads(row["entries"])}
@@ -249,10 +275,10 @@ def _known_slices(output: ObjectStore, units: Iterable[str], present: set[str]) 
     return {unit: known for unit, known in slices.items() if all(staged_key(digest) in present for digest in known)}
 
 
-def _known_entries(output: ObjectStore) -> dict[str, dict[str, Any]]:
+def _known_entries(output: str) -> dict[str, dict[str, Any]]:
     """The manifest's entries of an earlier run."""
     try:
-        return {entry["key"]: entry for entry in json.loads(output.get(MANIFEST))["files"]}
+        return {entry["key"]: entry for entry in read_manifest(output)["files"]}
     except MissingObjectError:
         return {}
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import io
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 
 from PIL import Image
 
 from instantbooth import Personalizer
 from instantbooth.evaluation.miniature import Examination, draw_subjects
 from instantbooth.images import decode_image
-from instantbooth.presets import miniature_folder
 from pipelines.feed import Shards
 
 REFERENCES = 3
@@ -42,10 +42,10 @@ def validation_pictures(booth: Personalizer, shards: Shards, count: int) -> Imag
     return sheet
 
 
-def judged(booth: Personalizer, identities: int) -> dict[str, float]:
+def judged(booth: Personalizer, judges: Path, identities: int) -> dict[str, float]:
     """Identification and prompt accuracy on the miniature world's validation identities."""
     subjects = draw_subjects("validation", identities, references=REFERENCES, prompts=PROMPTS)
-    exam = Examination(booth, miniature_folder() / "judges", subjects)
+    exam = Examination(booth, judges, subjects)
     pictures = exam.personalized(exam.concepts(REFERENCES))
     return {
         "validation/identification_top1": exam.identification_top1(pictures),

@@ -30,6 +30,8 @@ from torch import Tensor
 
 from instantbooth import Personalizer
 from instantbooth.errors import InstantBoothError, ParameterError, StorageError, TrainingError
+from instantbooth.evaluation.miniature import judges_of
+from instantbooth.images import Augmentation
 from instantbooth.model.base import PARTS, locate
 from instantbooth.presets import model_parts
 from instantbooth.storage import ObjectStore, absolute_uri, open_store, patiently
@@ -49,6 +51,8 @@ from pipelines.probe import judged, png_of, validation_pictures
 LOG = "log/"
 PICTURES = "pictures"
 REPORT_EVERY_S = 0.5
+LEAST = {"workers": 1, "gpus_per_worker": 0, "checkpoint_every": 1, "keep_last": 1, "keep_best": 0}
+"""Of fields of TrainConfig."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,11 +110,13 @@ class TrainConfig:
     """URI for the artifacts of a new MLflow experiment; by default MLflow's choice."""
     adapters: AdapterTrainingConfig = field(default_factory=AdapterTrainingConfig)
     """Steps, batch, learning rates."""
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    """How the conditioning picture is varied."""
 
     def __post_init__(self) -> None:
-        for name in ("workers", "checkpoint_every", "keep_last"):
-            if getattr(self, name) < 1:
-                raise ParameterError(f"{name} must be at least 1, is {getattr(self, name)}; raise it")
+        for name, least in LEAST.items():
+            if getattr(self, name) < least:
+                raise ParameterError(f"{name} must be at least {least}, is {getattr(self, name)}; raise it")
         parts = self.workers * self.compute.accumulation
         if self.adapters.batch_size % parts:
             raise ParameterError(
@@ -348,8 +354,8 @@ class Worker:
         with self.session.averaged() as booth:
             shards = Shards.of(self.config.data, VALIDATION)
             sheet = validation_pictures(booth, shards, settings.pictures) if settings.pictures else None
-            if settings.identities:
-                metrics |= judged(booth, settings.identities)
+            if settings.identities and (judges := judges_of(self.config.model.base)):
+                metrics |= judged(booth, judges, settings.identities)
         if sheet:
             key, data = f"{PICTURES}/{self.session.step:09d}.png", png_of(sheet)
             patiently(partial(self.store.put, key, data))

@@ -11,10 +11,14 @@ from mlflow.exceptions import MlflowException
 
 from instantbooth import Personalizer
 from instantbooth.config import GenerationDefaults
-from instantbooth.errors import TrackingError, WeightsError
+from instantbooth.errors import ParameterError, TrackingError, WeightsError
 from instantbooth.evaluation.judges import AttributeJudge, IdentityJudge
+from instantbooth.evaluation.miniature import judges_of
 from instantbooth.miniature.world import ATTRIBUTES
+from instantbooth.model.weights import read_tensors, tensors_digest
+from instantbooth.presets import miniature_folder
 from instantbooth.tracking import CANDIDATE, CHAMPION, Registry, open_run
+from jobs.evaluation.protocol import Protocol
 from jobs.promote import PromoteConfig, judge, promote
 from serve.config import ServeConfig
 from serve.model import pinned
@@ -53,6 +57,9 @@ def test_a_candidate_becomes_champion_and_is_loaded_by_name(config: PromoteConfi
     assert named.weights_digest == booth.weights_digest
     endpoint = pinned(ServeConfig(weights="models:/instantbooth@champion"))
     assert endpoint.weights == "models:/instantbooth/1"
+    table = Protocol(weights=Path("models:/instantbooth@champion")).parts
+    assert table.sampling.num_inference_steps == booth.defaults.num_inference_steps
+    assert tensors_digest(read_tensors(Path(table.models.weights or ""))) == booth.weights_digest
 
     assert register(config, tiny, tmp_path, step=2) == "models:/instantbooth/2"
     assert register(config, tiny, tmp_path, step=2) == "models:/instantbooth/2"
@@ -113,6 +120,13 @@ def test_a_gate_fails_where_the_candidate_is_worse_by_more_than_the_tolerance() 
     assert failed == ["identification_top1"]
     assert "0.4790 fails: at least 0.4800 (champion 0.5000)" in reasons[0]
     assert judge(champion | {"prompt_accuracy": 0.4}, None, config)[0] == ["prompt_accuracy"]
+
+
+def test_a_base_is_judged_by_its_own_miniatures_judges_or_by_those_that_are_named(config: PromoteConfig) -> None:
+    assert judges_of("miniature") == miniature_folder() / "judges" == judges_of(str(miniature_folder() / "base"))
+    assert judges_of("sd15") is None
+    with pytest.raises(ParameterError, match=r"belongs to \S*/base, which is no miniature .* name judges"):
+        promote(replace(config, judges=None))
 
 
 @pytest.mark.usefixtures("config")

@@ -21,7 +21,7 @@ from instantbooth.model.base import locate
 from instantbooth.model.samplers import SAMPLERS
 from instantbooth.model.weights import CONFIG_FILE
 from instantbooth.parameters import check_range
-from instantbooth.presets import ModelPreset, miniature_folder, miniature_preset
+from instantbooth.presets import ModelPreset, miniature_folder, miniature_preset, weights_folder
 from jobs import cli
 
 GALLERY_REFERENCES = 5
@@ -85,7 +85,7 @@ class Protocol:
     photographs: cli.Flat[Photographs] = Photographs()
     """Real photographs, and Stable Diffusion, in the miniature's place."""
     weights: Path | None = None
-    """Other trained weights of InstantBooth."""
+    """Other trained weights of InstantBooth: a folder, or registered ones such as models:/instantbooth@champion."""
     ip_adapter: Path = Path("out/ip_adapter")
     """Where `jobs.train_ip_adapter` left IP-Adapter's weights."""
     settings: Path | None = None
@@ -125,7 +125,7 @@ class Protocol:
             )
         else:
             chosen = miniature_preset(self.models or miniature_folder())
-        return chosen if self.weights is None else replace(chosen, weights=str(self.weights))
+        return chosen if self.weights is None else replace(chosen, weights=weights_folder(str(self.weights)))
 
     @cached_property
     def parts(self) -> Parts:

@@ -9,6 +9,8 @@ from enum import StrEnum
 
 MAX_FILE_BYTES = 20_000_000
 """Of one picture or mask."""
+MAX_DETAIL_CHARS = 600
+"""Of why a pair is dropped: its caption or name may be of any length."""
 
 
 class Reason(StrEnum):
@@ -77,7 +79,10 @@ class Pair:
     """Share of the picture that the mask covers."""
 
     def dropped(self, reason: Reason, detail: str) -> Pair:
-        """The same pair, not kept. Lone surrogates of the detail are escaped: it must be storable."""
+        """The same pair, not kept. Of a long detail the middle is left out; its lone surrogates are escaped."""
+        if len(detail) > MAX_DETAIL_CHARS:
+            half = MAX_DETAIL_CHARS // 2
+            detail = f"{detail[:half]} … {detail[-half:]}"
         return replace(self, reason=reason, detail=storable(detail))
 
     @property

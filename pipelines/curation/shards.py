@@ -65,6 +65,9 @@ STAGED = pa.schema(
     ]
 )
 
+ENTRY = {"key": str, "split": str, "rows": int, "bytes": int, "sha256": str, "source": str}
+"""What the manifest says of each file."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Draft:

@@ -10,8 +10,8 @@ that start with "." or "_". A URI may also name one such file.
 
 A unit is one tar, one Parquet file, or a few lines of a list. What cannot be read becomes a pair that is dropped with
 its reason: damage costs what it touches and nothing beside. A file is known by its name, size and time of change, a
-list's lines by their text: the pictures that a line names are taken never to change. Of a list that got more lines at
-its end, the last slice that was not full is read again with them.
+list's lines by their folder and text: the pictures that a line names are taken never to change. Of a list that got more
+lines at its end, the last slice that was not full is read again with them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import hashlib
 import itertools
 import json
 import posixpath
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 
-from instantbooth.errors import StorageError
+from instantbooth.errors import ParameterError, StorageError
 from instantbooth.storage import FileStore, S3Store, check_key, check_uri, open_store, open_uri, patiently, read_uri
 from pipelines.curation.lists import Line, csv_lines, json_line, json_lines
 from pipelines.curation.pairs import MAX_FILE_BYTES, Dropped, Pair, Reason, Slice, storable
@@ -52,7 +52,10 @@ STREAM_BYTES = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """Names of a source's columns; where none is given, the usual ones are looked for."""
+    """Names of a source's columns; where none is given, the usual ones are looked for.
+
+    In a tar the ending of a file tells what it is: only the caption's name, in the JSON, is a matter of choice.
+    """
 
     image: str | None = None
     """Bytes, URI or file name of the picture."""
@@ -63,6 +66,15 @@ class Columns:
     def all(self) -> set[str]:
         """Every column that is looked for."""
         return {name for names in (self.of_image(), self.of_mask(), self.of_caption()) for name in names}
+
+    def check(self, units: Sequence[Unit]) -> None:
+        """Raises ParameterError for a column of pictures or masks where they come in tars."""
+        for name in ("image", "mask"):
+            if getattr(self, name) and any(unit.kind == "tar" for unit in units):
+                raise ParameterError(
+                    f"columns.{name} is {getattr(self, name)!r}, but in tars the ending tells pictures "
+                    f"(.{', .'.join(IMAGE_TYPES)}) and masks (.mask.png); leave it out"
+                )
 
     def of_image(self) -> tuple[str, ...]:
         return (self.image,) if self.image else IMAGE_COLUMNS
@@ -93,7 +105,9 @@ class Unit:
 
     def id(self, rules: str) -> str:
         """What a run under these rules (their digest) is known by."""
-        return digest_of(self.kind, self.key, self.part, self.stamp, rules)
+        # A list's lines may name files beside it: those of another folder are others.
+        folder = self.folder if self.kind == "list" else None
+        return digest_of(self.kind, folder, self.key, self.part, self.stamp, rules)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from transformers import CLIPTokenizer
 
 from instantbooth.errors import ImageError, ParameterError, PromptError
 from instantbooth.images import ImageLimits, check_mask, decode_image, mask_coverage
-from instantbooth.prompts import CLASS_NOUNS, PLACEHOLDER_TOKEN, SUBJECT_FIELD, expand, tokenize_subject
+from instantbooth.prompts import CLASS_NOUNS, MAX_PROMPT_CHARS, SUBJECT_FIELD, expand, tokenize_subject
 from pipelines.curation.duplicates import look_of
 from pipelines.curation.pairs import Dropped, Pair, Reason
 
@@ -39,8 +39,6 @@ class Rules:
     """The picture's shorter side, in pixels; the side of the model's pictures is a good choice."""
     nouns: dict[str, str] = field(default_factory=dict)
     """More nouns by which captions name a subject, each with its class: `--rules.nouns bride person tabby cat`."""
-    placeholder: str = PLACEHOLDER_TOKEN
-    """The word that training will put before the noun; a caption that holds it already is of no use."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_coverage < self.max_coverage <= 1:
@@ -63,12 +61,20 @@ class Rules:
 def name_subject(pair: Pair, *, rules: Rules, tokenizer: CLIPTokenizer | None = None) -> Pair:
     """Finds the one class noun of the caption, as a whole word, and puts {subject} in its place.
 
-    Given the tokenizer of a Stable Diffusion, its text encoder must reach it.
+    A caption that holds the placeholder token, which training puts there, is of no use. Given the tokenizer of a Stable
+    Diffusion, its text encoder must reach the subject.
     """
     text = " ".join(pair.text.split())
     if not text:
         raise Dropped(Reason.NO_CAPTION, "the caption is missing or empty; write one that names the subject")
-    found = list(_pattern(tuple(rules.classes())).finditer(text))
+    if len(text) > MAX_PROMPT_CHARS:
+        raise Dropped(
+            Reason.UNUSABLE_CAPTION,
+            f"the caption has {len(text)} characters, at most {MAX_PROMPT_CHARS} are used; shorten it",
+        )
+    classes = rules.classes()
+    # Regardless of case "ı", "İ" and "ſ" match too, whose words are others: a gırl is none of the nouns.
+    found = [match for match in _pattern(tuple(classes)).finditer(text) if match[0].lower() in classes]
     if not found:
         raise Dropped(Reason.NO_NOUN, f"{text!r} names no subject of a known class")
     if len(found) > 1:
@@ -76,12 +82,12 @@ def name_subject(pair: Pair, *, rules: Rules, tokenizer: CLIPTokenizer | None = 
     noun = found[0][0].lower()
     caption = text[: found[0].start()] + SUBJECT_FIELD + text[found[0].end() :]
     try:
-        prompt = expand(caption, noun, rules.placeholder)
+        prompt = expand(caption, noun)
         if tokenizer:
-            tokenize_subject(tokenizer, prompt, rules.placeholder)
+            tokenize_subject(tokenizer, prompt)
     except PromptError as error:
         raise Dropped(Reason.UNUSABLE_CAPTION, str(error)) from error
-    return replace(pair, caption=caption, noun=noun, subject=rules.classes()[noun])
+    return replace(pair, caption=caption, noun=noun, subject=classes[noun])
 
 
 def decode(pair: Pair, *, rules: Rules) -> Pair:

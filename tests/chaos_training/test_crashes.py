@@ -1,7 +1,7 @@
 """A training that dies 36 times, each time elsewhere, against one that is left in peace: `make test-chaos-training`.
 
-Whatever is killed, and when, the same command goes on: every sample once an epoch, the same weights to the last bit,
-one run in MLflow without a gap.
+Whatever is killed, and when, and whatever became of its newest checkpoint, the same command goes on: every sample once
+an epoch, the same weights to the last bit, one run in MLflow without a gap.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mlflow import MlflowClient
 
 from instantbooth.storage import FileStore
 from instantbooth.tracking import OUTPUT, open_run
-from instantbooth.training.checkpoints import log_lines
+from instantbooth.training.checkpoints import FOLDER, Checkpoints, log_lines
 from pipelines.trainer import LOG
 from tests.chaos_training.faults import Point, met_in
 from tests.curated import write_curated
@@ -77,6 +77,9 @@ DRIVER_POINTS = [
     ]
 ]
 
+DAMAGED = {3: "state.pt", 6: "manifest.json"}
+"""Restart of the driver → the file of the newest checkpoint in which a bit has flipped by then."""
+
 
 def points() -> list[Point]:
     """Workers die in mixed order, and the driver between them."""
@@ -101,6 +104,16 @@ def run(folder: Path, name: str, *, chaos: bool) -> int:
         return subprocess.run(command, env=environment, stdout=output, stderr=output, timeout=PATIENCE_S).returncode
 
 
+def damage_newest(output: Path, name: str) -> int:
+    """Flips a bit of a file of the newest checkpoint; its step."""
+    step = Checkpoints(store=FileStore(output)).steps()[-1]
+    path = output / FOLDER / f"{step:09d}" / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    return step
+
+
 def outputs_of_runs(tracking_uri: str) -> list[str]:
     """Of each run in MLflow the output folder that it is known by, sorted."""
     client = MlflowClient(tracking_uri)
@@ -120,8 +133,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_training_that_dies_everywhere_ends_as_one_left_in_peace(folder: Path) -> None:
     assert len(points()) >= 30
     assert run(folder, "peace", chaos=False) == 0
-    endings = []
+    endings, damaged = [], []
     while not endings or endings[-1] != 0:
+        if len(endings) in DAMAGED:
+            damaged.append(damage_newest(folder / "chaos", DAMAGED[len(endings)]))
         assert len(endings) < 2 * len(points()), (folder / "chaos.log").read_text()[-4000:]
         endings.append(run(folder, "chaos", chaos=True))
         assert endings[-1] in (0, -signal.SIGKILL, 143), (folder / "chaos.log").read_text()[-4000:]
@@ -129,6 +144,9 @@ def test_a_training_that_dies_everywhere_ends_as_one_left_in_peace(folder: Path)
     kinds = Counter(endings)
     assert kinds[-signal.SIGKILL] == 5
     assert kinds[143] == 3
+    told = (folder / "chaos.log").read_text()
+    assert len(damaged) == len(DAMAGED)
+    assert all(f"the checkpoint of step {step} is damaged; going back" in told for step in damaged)
 
     peace, chaos = (log_lines(FileStore(folder / name), LOG) for name in ("peace", "chaos"))
     assert list(peace) == sorted(chaos) == list(range(1, STEPS + 1))

@@ -200,7 +200,7 @@ def test_pairs_are_ingested_for_the_base_that_is_trained_on_them() -> None:
     assert (ingestion.output, ingestion.base) == (training.data, training.model.base)
 
 
-def test_a_training_is_asked_to_stop_and_has_time_to_save() -> None:
+def test_a_training_whose_cluster_goes_is_asked_to_stop_and_has_time_to_save() -> None:
     entrypoint = written("kuberay/train/job.yaml")["spec"]["entrypoint"]
     for group, pod, container in pods():
         script = container["lifecycle"]["preStop"]["exec"]["command"][-1]

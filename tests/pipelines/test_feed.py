@@ -103,3 +103,12 @@ def test_what_a_process_holds_of_shards_is_bounded_by_their_bytes(
 def test_a_data_set_without_a_manifest_is_named(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"no manifest\.json in"):
         Shards.of(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "content", ['{"files"', "[]", "null", '{"name": "an app"}', '{"files": [{"key": "a"}]}', b"\xff"]
+)
+def test_a_manifest_of_something_else_is_named(tmp_path: Path, content: str | bytes) -> None:
+    (tmp_path / "manifest.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(StorageError, match=r"manifest\.json in \S* is damaged, or no ingestion's .* ingest again"):
+        Shards.of(str(tmp_path))

@@ -214,11 +214,16 @@ def test_what_training_cannot_have_is_refused_at_once(project: Project, trained:
         train(replace(config, gpus_per_worker=1))
     with pytest.raises(ParameterError, match=r"5 CPU, 4 for workers and one for the feed .* has 4; lower workers"):
         train(replace(config, workers=4))
+    with pytest.raises(ParameterError, match=r"identities is 2, and \S*/base is no miniature .*identities 0"):
+        train(replace(config, validation=replace(config.validation, identities=2)))
     with pytest.raises(TrainingError, match="batch size 4, not"):
         train(replace(config, adapters=replace(config.adapters, batch_size=8)))
     for model, part in zip(other_models(project), ("base", "image encoder"), strict=True):
         with pytest.raises(TrainingError, match=rf"a run with {part} \w{{16}}, not {part} \w{{16}}; a run keeps"):
             train(replace(config, model=model))
+    write_curated(FileStore(project.folder / "all-trained-on"), 4, validation=0)
+    with pytest.raises(TrainingError, match=r"every is 3, and \S*/all-trained-on holds out no pairs to validate on"):
+        train(replace(config, data=f"{project.folder}/all-trained-on"))
     with pytest.raises(TrainingError, match="nothing precomputed"):
         train(replace(config, precomputed=True))
     missing = ModelConfig(**(vars(project.model) | {"weights": "models:/instantbooth@nobody"}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import threading
 from dataclasses import dataclass
@@ -30,7 +31,9 @@ def test_the_newest_comes_back_byte_for_byte(tmp_path: Path) -> None:
     assert Checkpoints(store=FileStore(tmp_path / "empty")).latest() is None
 
 
-@pytest.mark.parametrize("damage", ["flipped", "cut", "missing", "no manifest", "manifest cut"])
+@pytest.mark.parametrize(
+    "damage", ["flipped", "cut", "missing", "no manifest", "manifest cut", "manifest undigested", "manifest of another"]
+)
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path, damage: str) -> None:
     checkpoints = written(tmp_path, {10: 0.5, 20: 0.4})
     folder = tmp_path / "checkpoints" / "000000020"
@@ -46,10 +49,26 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path, 
             manifest.unlink()
         case "manifest cut":
             manifest.write_bytes(manifest.read_bytes()[:-20])
+        case "manifest undigested":
+            manifest.write_text(json.dumps(json.loads(manifest.read_text())["checkpoint"]))
+        case "manifest of another":
+            manifest.write_bytes((tmp_path / "checkpoints" / "000000010" / "manifest.json").read_bytes())
     checkpoint, files = checkpoints.latest()
     assert (checkpoint.step, files["step"]) == (10, b"10")
     checkpoints.save(20, FILES | {"step": b"20"}, loss=0.4)
     assert checkpoints.latest()[0].step == 20
+
+
+def test_no_bit_of_a_manifest_flips_unseen(tmp_path: Path) -> None:
+    checkpoints = written(tmp_path, {10: 0.5, 20: 0.4})
+    manifest = tmp_path / "checkpoints" / "000000020" / "manifest.json"
+    whole = manifest.read_bytes()
+    for place in range(len(whole)):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << place % 8
+        manifest.write_bytes(flipped)
+        checkpoint, files = checkpoints.latest()
+        assert (checkpoint.step, files["step"]) == (10, b"10"), bytes(flipped)
 
 
 def test_the_last_and_the_best_stay_and_nothing_of_the_others(tmp_path: Path) -> None:
@@ -76,8 +95,16 @@ def test_what_a_killed_writer_left_unfinished_does_not_stay(tmp_path: Path) -> N
     for file in cut:
         file.parent.mkdir(exist_ok=True)
         file.write_bytes(b"s")
+    # Uploaded in part, one of them by a run that is further on.
+    uploaded = [tmp_path / "checkpoints" / f"{step:09d}" / "state.pt" for step in (15, 25)]
+    for file in uploaded:
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(b"s")
     assert written(tmp_path, {20: 0.1}).steps() == [10, 20]
     assert not any(file.exists() for file in cut)
+    assert [file.exists() for file in uploaded] == [False, True]
+    written(tmp_path, {30: 0.1})
+    assert not uploaded[1].exists()
 
 
 def test_the_best_is_never_one_that_cannot_be_compared(tmp_path: Path) -> None:

@@ -145,6 +145,12 @@ def test_a_sample_draws_the_same_numbers_in_any_company(tiny: Path) -> None:
     assert not torch.equal(together.noise[0], together.noise[1])
 
 
+def test_the_largest_seed_is_as_good_as_any(tiny: Path, batches: list[dict[str, Tensor]]) -> None:
+    trained = session(tiny, seed=2**63 - 1)
+    for batch in batches[:2]:
+        assert trained.advance(batch).skipped is None
+
+
 def test_guidance_dropout_leaves_out_text_image_and_both(tiny: Path) -> None:
     def shares(**rates: float) -> tuple[float, float, float]:
         chosen = {"text_dropout": 0.0, "image_dropout": 0.0, "both_dropout": 0.0} | rates

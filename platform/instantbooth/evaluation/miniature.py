@@ -18,6 +18,7 @@ from instantbooth.evaluation.methods.sampling import encode_prompts, sample
 from instantbooth.evaluation.metrics import identification_top1, prompt_accuracy
 from instantbooth.miniature.corpus import class_noun_of, identity_of, subject_seed
 from instantbooth.miniature.world import Picture, Scene, caption_of, render
+from instantbooth.presets import preset
 from instantbooth.prompts import SUBJECT_FIELD
 
 NAMED_SHARE = 0.7
@@ -42,6 +43,15 @@ class Subject:
     """With "{subject}"."""
     wanted: list[dict[str, str]]
     """The attributes each prompt names, for the judge."""
+
+
+def judges_of(base: str) -> Path | None:
+    """The judges beside a miniature's base, preset or folder; None for any other: judges know their own world alone.
+
+    Raises WeightsError for an unknown preset.
+    """
+    folder = Path(base if Path(base).is_dir() else preset(base).base).absolute().parent / "judges"
+    return folder if folder.is_dir() else None
 
 
 def draw_subjects(split: str, count: int, *, references: int = 5, prompts: int = 4) -> list[Subject]:

@@ -111,7 +111,7 @@ class ExamplePreparer:
         image_size: int,
         latent_size: int,
         encoder_size: int,
-        augmentation: Augmentation | None = None,
+        augmentation: Augmentation,
         with_pixels: bool = True,
     ) -> None:
         """`with_pixels=False` leaves out pixel_values, which a training on precomputed latents does not need."""
@@ -119,12 +119,12 @@ class ExamplePreparer:
         self.image_size = image_size
         self.latent_size = latent_size
         self.encoder_size = encoder_size
-        self.augmentation = augmentation or Augmentation()
+        self.augmentation = augmentation
         self.with_pixels = with_pixels
 
     @classmethod
-    def for_model(cls, base: str, image_encoder: str, augmentation: Augmentation | None = None) -> ExamplePreparer:
-        """Reads sizes and tokenizer from the folders (or hub names) of base model and image encoder."""
+    def for_model(cls, base: str, image_encoder: str) -> ExamplePreparer:
+        """With the usual augmentation, and sizes and tokenizer from the folders (or hub names) of the models."""
         folder, clip = locate(base), locate(image_encoder)
         try:
             unet = json.loads((folder / "unet" / "config.json").read_text())
@@ -138,7 +138,7 @@ class ExamplePreparer:
             image_size=unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1),
             latent_size=unet["sample_size"],
             encoder_size=vision.get("vision_config", vision)["image_size"],
-            augmentation=augmentation,
+            augmentation=Augmentation(),
         )
 
     def __call__(
@@ -226,7 +226,7 @@ class AdapterObjective(nn.Module):
 
     def draw_at(self, positions: Tensor) -> Draws:
         """Random numbers of the samples at these positions of the training: each depends on its own position alone."""
-        generators = [_generator(self.config.seed, position) for position in positions.tolist()]
+        generators = [Generator().manual_seed(seed_of(self.config.seed, each)) for each in positions.tolist()]
         draws = [draw(self.booth.base, self.config, 1, generator) for generator in generators]
         return Draws(**{part.name: torch.cat([getattr(each, part.name) for each in draws]) for part in fields(Draws)})
 
@@ -254,10 +254,9 @@ class AdapterObjective(nn.Module):
         return {layer: float(gate.detach().tanh().abs()) for layer, gate in gates.items()}
 
 
-def _generator(seed: int, position: int) -> Generator:
-    """A generator of its own for every sample: neighbours in seed or position share nothing."""
-    entropy = np.random.SeedSequence([seed, position]).generate_state(1, np.uint64)[0]
-    return Generator().manual_seed(int(entropy))
+def seed_of(seed: int, number: int) -> int:
+    """A seed of torch's for one sample or step of a training: neighbours in seed or number share nothing."""
+    return int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0])
 
 
 def optimizer_for(objective: AdapterObjective, config: AdapterTrainingConfig) -> torch.optim.AdamW:

@@ -1,9 +1,10 @@
 """Checkpoints in object storage: what a training goes on from, trusted only when every byte is as it was written.
 
     checkpoints/000000120/state.pt …       the files
-    checkpoints/000000120/manifest.json    written last: bytes and SHA-256 of each of them
+    checkpoints/000000120/manifest.json    written last: bytes and SHA-256 of each of them, and of what it says itself
 
-A checkpoint without a manifest is none. One whose files are missing, cut or altered is passed over for the one before.
+A checkpoint without a manifest is none. One of which any file is missing, cut or altered, the manifest among them, is
+passed over for the one before.
 """
 
 from __future__ import annotations
@@ -66,8 +67,7 @@ class Checkpoints:
                 patiently(partial(self.store.put, _key(step, name), data))
                 entries[name] = {"bytes": len(data), "sha256": sha256(data).hexdigest()}
             manifest = Checkpoint(step=step, loss=loss, files=entries)
-            data = (json.dumps(asdict(manifest), indent=2) + "\n").encode()
-            patiently(partial(self.store.put, _key(step, MANIFEST), data))
+            patiently(partial(self.store.put, _key(step, MANIFEST), _manifest_bytes(manifest)))
             self._whole.add(step)
         self._prune()
 
@@ -83,14 +83,24 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints that have a manifest, whole or not."""
-        found = [KEY.fullmatch(key) for key in patiently(lambda: list(self.store.list(f"{FOLDER}/")))]
-        return sorted(int(key["step"]) for key in found if key and key["file"] == MANIFEST)
+        return sorted(step for step, files in self._listed().items() if MANIFEST in files)
+
+    def _listed(self) -> dict[int, set[str]]:
+        """Step → names of the files that are there."""
+        listed: dict[int, set[str]] = {}
+        for key in patiently(lambda: list(self.store.list(f"{FOLDER}/"))):
+            if found := KEY.fullmatch(key):
+                listed.setdefault(int(found["step"]), set()).add(found["file"])
+        return listed
 
     def _manifest(self, step: int) -> Checkpoint | None:
+        """What the manifest of a step says; None where it is missing, or not to the byte as it was written there."""
         try:
-            return Checkpoint(**json.loads(patiently(partial(self.store.get, _key(step, MANIFEST)))))
-        except (MissingObjectError, ValueError, TypeError):
+            data = patiently(partial(self.store.get, _key(step, MANIFEST)))
+            manifest = Checkpoint(**json.loads(data)["checkpoint"])
+        except (MissingObjectError, ValueError, TypeError, KeyError):
             return None
+        return manifest if manifest.step == step and _manifest_bytes(manifest) == data else None
 
     def read(self, step: int) -> dict[str, bytes] | None:
         """The files of a checkpoint; None where one is not as the manifest says."""
@@ -110,16 +120,18 @@ class Checkpoints:
         return files
 
     def _prune(self) -> None:
-        """Damaged ones are of no use, and do not count among those that stay; nor are files cut short by a kill."""
+        """Damaged ones are of no use, and do not count among those that stay; nor is what a kill left unfinished."""
         self.store.sweep(FOLDER)
-        steps = self.steps()
-        whole = [each for step in steps if self._is_whole(step) and (each := self._manifest(step)) is not None]
+        listed = self._listed()
+        finished = sorted(step for step, files in listed.items() if MANIFEST in files)
+        whole = [each for step in finished if self._is_whole(step) and (each := self._manifest(step)) is not None]
         newest = sorted(whole, key=lambda each: each.step)[-self.keep_last :]
         comparable = [each for each in whole if math.isfinite(each.loss)]
         best = sorted(comparable, key=lambda each: each.loss)[: self.keep_best]
         kept = {each.step for each in newest + best}
-        for step in steps:
-            if step not in kept:
+        for step in sorted(listed.keys() - kept):
+            # One without a manifest that is newer than all of those may be on its way.
+            if step in finished or step < max(kept, default=0):
                 self._remove(step)
 
     def _is_whole(self, step: int) -> bool:
@@ -159,6 +171,12 @@ class Saver:
             save()
         except BaseException as error:
             self._error = error
+
+
+def _manifest_bytes(checkpoint: Checkpoint) -> bytes:
+    content = asdict(checkpoint)
+    digest = sha256(json.dumps(content).encode()).hexdigest()
+    return (json.dumps({"checkpoint": content, "sha256": digest}, indent=2) + "\n").encode()
 
 
 def _key(step: int, name: str) -> str:

@@ -17,7 +17,7 @@ from instantbooth.errors import ParameterError, TrainingError
 from instantbooth.model.loading import DTYPES, Precision
 from instantbooth.model.personalizer import Personalizer
 from instantbooth.model.weights import weights_files
-from instantbooth.training.adapters import AdapterObjective, AdapterTrainingConfig, optimizer_for
+from instantbooth.training.adapters import AdapterObjective, AdapterTrainingConfig, optimizer_for, seed_of
 from instantbooth.training.ema import EMA
 from instantbooth.training.guard import Guard
 
@@ -101,7 +101,7 @@ class TrainingSession:
 
         `stop` is this worker's wish to stop, which `Outcome.stop` tells everyone.
         """
-        torch.manual_seed(self.config.seed * 1_000_003 + self.step)
+        torch.manual_seed(seed_of(self.config.seed, self.step))
         self._set_learning_rates()
         own = self.gradient(batch)
         loss, wishes = self._average(own, stop)
