@@ -298,18 +298,19 @@ def test_the_row_budget_is_measured_where_none_is_given(booth: Personalizer, con
 
 
 def test_each_size_has_the_budget_that_was_measured_for_it(booth: Personalizer, concepts: list[Concept]) -> None:
-    def no_gain_from_more_rows(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        if inputs[0].shape[-1] == 8:
-            time.sleep(0.01 * len(inputs[0]))
+    def at_most_two_of_16_pixels(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if inputs[0].shape[-1] == 8 and len(inputs[0]) > 2:
+            raise torch.OutOfMemoryError("no memory for so many rows")
 
-    handle = booth.base.unet.register_forward_pre_hook(no_gain_from_more_rows)
+    handle = booth.base.unet.register_forward_pre_hook(at_most_two_of_16_pixels)
     try:
         with Engine(booth, EngineConfig(max_row_budget=4)) as engine:
             tickets = [engine.submit(request(booth, concepts[0], height=16, width=16, seed=seed)) for seed in range(3)]
             for ticket in tickets:
                 ticket.result(20)
             stats = engine.stats()
-            # In proportion to the pixels it would be four times what the model's own size has.
+            # In proportion to the pixels it would be four, and the first step with more than two would have failed.
+            assert engine._budget_share == 1
             assert stats.steps == 3 * 4
             assert stats.rows == stats.offered_rows == 2 * stats.steps
     finally:
