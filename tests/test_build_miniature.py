@@ -12,7 +12,7 @@ import torch
 from instantbooth import Personalizer
 from instantbooth.errors import ParameterError
 from instantbooth.miniature.pairs import loop_of
-from instantbooth.miniature.recipe import Recipe, build, ship
+from instantbooth.miniature.recipe import GPU, Recipe, build, ship
 from instantbooth.presets import miniature_preset
 from instantbooth.training.adapters import AdapterTrainingConfig
 from instantbooth.training.loop import LoopConfig
@@ -22,7 +22,8 @@ CPU = torch.device("cpu")
 
 def smallest() -> Recipe:
     """Two steps of everything."""
-    recipe = Recipe(
+    recipe = replace(
+        GPU,
         pretraining_pictures=8,
         later_pictures=16,
         adapter_pictures=12,

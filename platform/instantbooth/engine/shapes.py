@@ -38,7 +38,7 @@ class Shapes:
         """What these, which a bucket holds, are padded to; None where nothing is padded."""
         if not self.buckets:
             return None
-        longest = max(reference_tokens(row.keys_values) for row in rows if row.keys_values is not None)
+        longest = max((reference_tokens(row.keys_values) for row in rows if row.keys_values is not None), default=0)
         return self._shape(int(self._bucket(len(rows))), guided=any(row.guided for row in rows), tokens=longest)
 
     def within(self, row_budget: int) -> list[BatchShape]:

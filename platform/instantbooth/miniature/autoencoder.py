@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from diffusers.models.attention_processor import AttnProcessor
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from instantbooth.miniature.corpus import Corpus
 from instantbooth.training.loop import LoopConfig, train
@@ -52,22 +52,49 @@ def train_vae(corpus: Corpus, config: LoopConfig, *, folder: Path, device: torch
     def loss(batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         shown, covered, noise = (part.to(device) for part in batch)
         pixels = to_pixels(shown)
-        weight = 1 + (SUBJECT_WEIGHT - 1) * (covered > 127).float()[:, None]
         posterior = vae.encode(pixels).latent_dist
-        reconstruction = vae.decode(posterior.mean + posterior.std * noise).sample.float()
-        difference = reconstruction - pixels
-        edges = (difference.diff(dim=-1).abs() * weight[..., 1:]).mean() + (
-            difference.diff(dim=-2).abs() * weight[..., 1:, :]
-        ).mean()
-        colors = F.avg_pool2d(difference, 8).abs().mean()
-        pixelwise = (difference.abs() * weight).mean() + COLOR_WEIGHT * colors
-        value: Tensor = pixelwise + EDGE_WEIGHT * edges + KL_WEIGHT * posterior.kl().mean()
+        decoded = vae.decode(posterior.mean + posterior.std * noise).sample
+        value: Tensor = reconstruction_loss(decoded, pixels, covered) + KL_WEIGHT * posterior.kl().mean()
         return value
 
     train("vae", vae, draw, loss, config, folder=folder, device=device)
     sample = encode_latents(vae, images[:1024])
     vae.register_to_config(scaling_factor=round(1 / float(sample.std()), 4))
     return vae
+
+
+def train_decoder(vae: AutoencoderKL, corpus: Corpus, latents: Tensor, config: LoopConfig, *, folder: Path) -> None:
+    """Goes on with the decoder alone, as was done for Stable Diffusion's VAE: the latents stay what they are.
+
+    `latents` [N, 8, h, w] are the corpus's, scaled.
+    """
+    if vae.device.type == "cpu":
+        vae.set_attn_processor(AttnProcessor())
+    images, masks = torch.from_numpy(corpus.images), torch.from_numpy(corpus.masks)
+    trained = nn.ModuleList([vae.decoder, vae.post_quant_conv])
+
+    def draw(examples: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
+        rows = torch.randint(len(corpus), (examples,), generator=generator)
+        return images[rows], masks[rows], latents[rows] / vae.config.scaling_factor
+
+    def loss(batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        shown, covered, encoded = (part.to(vae.device) for part in batch)
+        return reconstruction_loss(vae.decode(encoded).sample, to_pixels(shown), covered)
+
+    trained.requires_grad_(True)
+    train("decoder", trained, draw, loss, config, folder=folder, device=vae.device)
+    trained.requires_grad_(False)
+
+
+def reconstruction_loss(decoded: Tensor, pixels: Tensor, masks: Tensor) -> Tensor:
+    """L1 on pixels, on their gradients and on large areas; `masks` uint8 [N, H, W] weigh the subject more."""
+    weight = 1 + (SUBJECT_WEIGHT - 1) * (masks > 127).float()[:, None]
+    difference = decoded.float() - pixels
+    edges = (difference.diff(dim=-1).abs() * weight[..., 1:]).mean() + (
+        difference.diff(dim=-2).abs() * weight[..., 1:, :]
+    ).mean()
+    colors = F.avg_pool2d(difference, 8).abs().mean()
+    return (difference.abs() * weight).mean() + COLOR_WEIGHT * colors + EDGE_WEIGHT * edges
 
 
 def to_pixels(images: Tensor) -> Tensor:

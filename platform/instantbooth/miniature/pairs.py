@@ -44,7 +44,8 @@ class Pairs:
 
 def corpus_latents(corpus: Corpus, vae: AutoencoderKL, folder: Path) -> Tensor:
     """The corpus's scaled latents [N, C, h, w], encoded once and kept in `folder`."""
-    made_of = sha256(corpus.images.tobytes() + tensors_digest(vae.state_dict()).encode()).hexdigest()
+    encoder = {name: each for name, each in vae.state_dict().items() if name.startswith(("encoder.", "quant_conv."))}
+    made_of = sha256(corpus.images.tobytes() + tensors_digest(encoder).encode()).hexdigest()
     path = folder / f"latents-{len(corpus)}-{made_of[:8]}.safetensors"
     if not path.exists():
         encoded = encode_latents(vae, torch.from_numpy(corpus.images)) * vae.config.scaling_factor

@@ -1,6 +1,6 @@
 """The miniature world from nothing: every model in it, stage by stage, each checkpointed and resumed.
 
-corpora → vae → segmenter, clip, judges → diffusion → refinement → adapters → scales
+corpora → vae → segmenter, clip, judges → diffusion → refinement → adapters → decoder → scales
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from instantbooth.config import GenerationDefaults
 from instantbooth.errors import ParameterError
 from instantbooth.evaluation.miniature import Examination, choose_scales, draw_subjects
 from instantbooth.miniature import clip, judging, segmenter
-from instantbooth.miniature.autoencoder import psnr, train_vae
+from instantbooth.miniature.autoencoder import psnr, train_decoder, train_vae
 from instantbooth.miniature.corpus import Corpus, render_corpus
 from instantbooth.miniature.diffusion import (
     Captioned,
@@ -63,6 +63,8 @@ class Recipe:
     vae: LoopConfig = LoopConfig(
         steps=2800, learning_rate=1.5e-3, decay_steps=400, ema_decay=0.995, batch_size=16, processes=2
     )
+    decoder: LoopConfig | None = None
+    """The VAE's decoder once more, at the end: finer faces from the same latents. None leaves it."""
     segmenter: LoopConfig = segmenter.TRAINING
     clip: LoopConfig = clip.TRAINING
     attribute_judge: LoopConfig = judging.ATTRIBUTE_TRAINING
@@ -99,6 +101,9 @@ class Recipe:
 
 GPU = Recipe(
     later_pictures=96_000,
+    decoder=LoopConfig(
+        steps=3600, learning_rate=8e-4, decay_steps=3600, ema_decay=0.995, batch_size=16, processes=2, seed=1
+    ),
     diffusion=LoopConfig(steps=1000, learning_rate=1.2e-3, warmup_steps=200, ema_decay=0.998, batch_size=768),
     refinement=LoopConfig(steps=4250, learning_rate=1.2e-3, decay_steps=3187, ema_decay=0.998, batch_size=768, seed=1),
 )
@@ -327,6 +332,14 @@ def _last_loss(losses: list[float]) -> dict[str, float]:
     return {"loss": sum(losses[-200:]) / len(losses[-200:])}
 
 
+def _refine_decoder(shop: Workshop) -> dict[str, float]:
+    vae, corpus = shop.vae(), shop.corpus()
+    if shop.recipe.decoder is not None:
+        train_decoder(vae, corpus, shop.latents(corpus), shop.recipe.decoder, folder=shop.checkpoints)
+        vae.save_pretrained(shop.models / "base" / "vae")
+    return {"psnr_db": psnr(vae, torch.from_numpy(shop.held_out().images))}
+
+
 def _trained_booth(shop: Workshop) -> Personalizer:
     preset = miniature_preset(shop.models)
     booth = Personalizer.from_pretrained(
@@ -355,6 +368,7 @@ STAGES: dict[str, Stage] = {
     "diffusion": _build_diffusion,
     "refinement": _refine_diffusion,
     "adapters": _build_adapters,
+    "decoder": _refine_decoder,
     "scales": _choose_scales,
 }
 
@@ -367,6 +381,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "diffusion": ("diffusion",),
     "refinement": ("later_pictures", "refinement"),
     "adapters": ("adapter_pictures", "adapters"),
+    "decoder": ("decoder",),
     "scales": ("defaults", "validation_subjects"),
 }
 """The fields of the recipe that decide a stage, beside those of the stages before it."""
