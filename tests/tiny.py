@@ -16,7 +16,9 @@ from transformers import (
 )
 
 from instantbooth import Personalizer
+from instantbooth.miniature.corpus import Corpus, identity_of, subject_seed
 from instantbooth.miniature.vocabulary import learn_tokenizer
+from instantbooth.miniature.world import Scene, render
 
 WIDTH = 32
 CAPTIONS = (
@@ -101,4 +103,19 @@ def _text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def four_pictures(scene: Scene) -> Corpus:
+    """Four held-out subjects in one scene, under captions of a cat."""
+    seeds = [subject_seed("validation", number) for number in range(4)]
+    pictures = [render(identity_of(seed), scene) for seed in seeds]
+    return Corpus(
+        images=np.stack([np.asarray(each.image) for each in pictures]),
+        masks=np.stack([np.asarray(each.mask) for each in pictures]),
+        identities=np.array(seeds),
+        labels=np.zeros((4, 1), np.int64),
+        captions=["a photo of a cat"] * 4,
+        nouns=["cat"] * 4,
+        descriptions=[""] * 4,
     )

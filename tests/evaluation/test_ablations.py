@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,12 +18,11 @@ from instantbooth.evaluation.ablations import (
     ablated_objective,
     verdict,
 )
-from instantbooth.miniature.corpus import Corpus, identity_of, subject_seed
 from instantbooth.miniature.pairs import Pairs
-from instantbooth.miniature.world import Scene, render
+from instantbooth.miniature.world import Scene
 from instantbooth.prompts import tokenize_subject
 from instantbooth.training.adapters import AdapterTrainingConfig
-from tests.tiny import WIDTH, portrait, tiny_booth
+from tests.tiny import WIDTH, four_pictures, portrait, tiny_booth
 
 CONFIG = AdapterTrainingConfig(text_dropout=0.0, image_dropout=0.0)
 
@@ -129,17 +127,7 @@ def test_without_adapters_the_concept_embedding_is_all_there_is(tiny: Path) -> N
 
 
 def test_without_the_mask_a_crop_holds_the_background() -> None:
-    seeds = [subject_seed("validation", number) for number in range(4)]
-    pictures = [render(identity_of(seed), Scene(background="beach")) for seed in seeds]
-    corpus = Corpus(
-        images=np.stack([np.asarray(each.image) for each in pictures]),
-        masks=np.stack([np.asarray(each.mask) for each in pictures]),
-        identities=np.array(seeds),
-        labels=np.zeros((4, 1), np.int64),
-        captions=["a photo of a cat"] * 4,
-        nouns=["cat"] * 4,
-        descriptions=[""] * 4,
-    )
+    corpus = four_pictures(Scene(background="beach"))
     latents = torch.zeros(4, 4, 16, 16)
     (masked_rows, masked), (rows, whole) = (
         Pairs(corpus, latents, masked=each).draw(16, torch.Generator().manual_seed(0)) for each in (True, False)

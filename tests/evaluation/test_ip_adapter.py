@@ -20,10 +20,9 @@ from instantbooth.evaluation.ip_adapter.training import IPAdapterObjective
 from instantbooth.evaluation.methods.interface import Reference, Sampling
 from instantbooth.evaluation.methods.ip_adapter import IPAdapter, IPAdapterConfig
 from instantbooth.images import subject_square
-from instantbooth.miniature.corpus import Corpus, identity_of, subject_seed
 from instantbooth.miniature.ip_adapter import train_ip_adapter
 from instantbooth.miniature.pairs import Pairs
-from instantbooth.miniature.world import Scene, render
+from instantbooth.miniature.world import Scene
 from instantbooth.model.base import BaseModel
 from instantbooth.model.denoise import unit_noise
 from instantbooth.model.encoders import ImageEncoder
@@ -31,7 +30,7 @@ from instantbooth.model.weights import tensors_digest
 from instantbooth.presets import miniature_folder
 from instantbooth.prompts import tokenize
 from instantbooth.training.adapters import AdapterTrainingConfig, Draws, draw
-from tests.tiny import portrait
+from tests.tiny import four_pictures, portrait
 
 CPU = torch.device("cpu")
 STEPS = 4
@@ -120,7 +119,7 @@ def test_dropped_pictures_have_the_features_of_none(tiny: Path) -> None:
         trained = objective(tiny, variant, text_dropout=0.0, image_dropout=1.0)
         examples = batch(trained)
         losses = [
-            float(trained(examples | {"reference_pixels": pixels}, draws_of(trained)))
+            trained(examples | {"reference_pixels": pixels}, draws_of(trained)).item()
             for pixels in (examples["reference_pixels"], 1 - examples["reference_pixels"])
         ]
         assert losses[0] == losses[1]
@@ -151,17 +150,7 @@ def elsewhere() -> Iterator[ProcessPoolExecutor]:
 
 def train_miniature(folder: Path, steps: int) -> tuple[int, str]:
     """Steps on four rendered pictures: how many losses there are, and what was learned."""
-    seeds = [subject_seed("validation", number) for number in range(4)]
-    pictures = [render(identity_of(seed), Scene()) for seed in seeds]
-    corpus = Corpus(
-        images=np.stack([np.asarray(each.image) for each in pictures]),
-        masks=np.stack([np.asarray(each.mask) for each in pictures]),
-        identities=np.array(seeds),
-        labels=np.zeros((4, 1), np.int64),
-        captions=["a photo of a cat"] * 4,
-        nouns=["cat"] * 4,
-        descriptions=[""] * 4,
-    )
+    corpus = four_pictures(Scene())
     models = miniature_folder()
     base = BaseModel.load(str(models / "base"), device=CPU, dtype=torch.float32)
     encoder = ImageEncoder(models / "clip", patch_layer=weights.PLUS_LAYER, device=CPU, dtype=torch.float32)

@@ -107,7 +107,7 @@ GPU = Recipe(
     diffusion=LoopConfig(steps=1000, learning_rate=1.2e-3, warmup_steps=200, ema_decay=0.998, batch_size=768),
     refinement=LoopConfig(steps=4250, learning_rate=1.2e-3, decay_steps=3187, ema_decay=0.998, batch_size=768, seed=1),
 )
-"""A base that has seen eight times as much: ten minutes of a GPU. It made the shipped weights."""
+"""A base that has seen nine times as much: ten minutes of a GPU. It made the shipped weights."""
 RECIPES = {"cpu": Recipe(), "gpu": GPU}
 
 Stage = Callable[["Workshop"], dict[str, float]]
