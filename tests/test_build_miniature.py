@@ -35,7 +35,7 @@ def smallest() -> Recipe:
     loops = {name: loop for name, loop in loops.items() if isinstance(loop, LoopConfig)}
     shorter = {name: replace(loop, steps=2, batch_size=8, decay_steps=1) for name, loop in loops.items()}
     adapters = replace(recipe.adapters, steps=2, batch_size=8)
-    return replace(recipe, **shorter, adapters=adapters)
+    return replace(recipe, **shorter, adapters=adapters, adapter_refinement=replace(adapters, seed=1))
 
 
 @pytest.mark.full
@@ -43,6 +43,7 @@ def test_a_build_from_nothing_can_be_repeated_gone_on_with_and_shipped(tmp_path:
     recipe, folder = smallest(), tmp_path / "built"
     record = build(folder, recipe, device=CPU)
     assert build(folder, recipe, device=CPU) == record, "what is made is not made again"
+    assert record["adapter_refinement"]["loss"] != record["adapters"]["loss"], "the second round is one of its own"
 
     unet = folder / "models/base/unet/diffusion_pytorch_model.safetensors"
     whole = unet.read_bytes()

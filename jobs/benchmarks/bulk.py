@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from instantbooth import Personalizer
+from instantbooth.engine import EngineConfig
 from instantbooth.errors import ParameterError
 from instantbooth.miniature.samples import write_manifest
 from instantbooth.model.loading import Precision
@@ -56,6 +57,8 @@ class BulkBenchmark:
     """Actors that generate pictures, and engines that do so alone; without a GPU, one core each."""
     precision: Precision = "bf16" if DEVICE == "cuda" else "fp32"
     """In which numbers all of them compute."""
+    compile: bool = False
+    """Whether the bulk job's U-Net is compiled, and the engines' alone; the loop's is not, as a user would write it."""
     peak_tflops: float | None = None
     """The GPU's dense bf16 peak, for the share of it that the U-Net takes; None looks it up."""
 
@@ -115,7 +118,7 @@ def measure(options: BulkBenchmark, model: ModelConfig, folder: Path) -> dict[st
     loop = loop_rate(booth, rows[: options.loop_subjects], folder)
     work = [(row.prompts, encode(booth, row)) for row in rows]
     tflop = unet_tflop(booth, work[0][1])
-    alone = engines_rate(load, options.generators, work)
+    alone = engines_rate(load, options.generators, EngineConfig(compile=options.compile), work)
     with ray_cluster():
         started = time.time()
         _run(options, model, store, "orders", "bulk", rows_per_batch=options.rows_per_batch)
@@ -154,6 +157,7 @@ def _run(
         output=store.uri(output),
         model=model,
         precision=options.precision,
+        compile=options.compile,
         concept=Pool(gpus=0.2 * gpus),
         diffusion=Pool(min=options.generators, max=options.generators, gpus=0.8 * gpus),
         rows_per_batch=rows_per_batch,

@@ -6,6 +6,7 @@ import multiprocessing
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 
 from instantbooth import Concept, Personalizer
-from instantbooth.engine import Engine
+from instantbooth.engine import Engine, EngineConfig
 from instantbooth.images import decode_image, encode_png
 from instantbooth.manifest import ManifestRow
 from instantbooth.storage import read_uri
@@ -32,7 +33,10 @@ def loop_rate(booth: Personalizer, rows: Sequence[ManifestRow], folder: Path) ->
 
 
 def engines_rate(
-    load: Callable[[], Personalizer], engines: int, work: Sequence[tuple[Sequence[str], Concept]]
+    load: Callable[[], Personalizer],
+    engines: int,
+    config: EngineConfig,
+    work: Sequence[tuple[Sequence[str], Concept]],
 ) -> float:
     """Pictures a second, steady, of engines in processes of their own, which have every request from the start.
 
@@ -41,7 +45,7 @@ def engines_rate(
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(engines, spawn, initializer=_start_together, initargs=(spawn.Barrier(engines),)) as pool:
         shares = [work[n::engines] for n in range(engines)]
-        return steady_rate([time for times in pool.map(_engine_times, shares, [load] * engines) for time in times])
+        return steady_rate([time for times in pool.map(partial(_engine_times, load, config), shares) for time in times])
 
 
 def steady_rate(times: Iterable[float]) -> float:
@@ -67,7 +71,9 @@ def _start_together(barrier: Barrier) -> None:
     _barrier = barrier
 
 
-def _engine_times(work: Sequence[tuple[Sequence[str], Concept]], load: Callable[[], Personalizer]) -> list[float]:
+def _engine_times(
+    load: Callable[[], Personalizer], config: EngineConfig, work: Sequence[tuple[Sequence[str], Concept]]
+) -> list[float]:
     """When each picture of one engine was done."""
     booth = load()
     if booth.base.device.type == "cpu":
@@ -78,7 +84,7 @@ def _engine_times(work: Sequence[tuple[Sequence[str], Concept]], load: Callable[
         for request in booth.requests(prompts, concept, seed=0, **dict.fromkeys(SETTINGS))
     ]
     times: list[float] = []
-    with Engine(booth) as engine:
+    with Engine(booth, config) as engine:
         _barrier.wait()
         for request in requests:
             engine.submit(request).future.add_done_callback(lambda _: times.append(time.time()))
