@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,6 +31,12 @@ BARS = {
     "identity_judge_auc": 0.98,
 }
 """Figures a shipped miniature must reach."""
+SCALES: dict[str, Sequence[float]] = {
+    "guidance_scale": (1.5, 3.0),
+    "adapter_scale": (0.8, 1.2, 1.4),
+    "concept_scale": (0.8, 1.2),
+}
+"""Sampling parameters that are chosen on validation identities, in this order, and the values tried."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,12 +130,18 @@ class Examination:
         ]
 
     def personalized(
-        self, concepts: list[Concept], *, adapter_scale: float | None = None, concept_scale: float | None = None
+        self,
+        concepts: list[Concept],
+        *,
+        guidance_scale: float | None = None,
+        adapter_scale: float | None = None,
+        concept_scale: float | None = None,
     ) -> list[Image.Image]:
-        """A picture for every prompt; prompt n has seed n."""
+        """A picture for every prompt, prompt n with seed n."""
         return self.booth.generate(
             self.prompts,
             [concepts[owner] for owner in self.owners.tolist()],
+            guidance_scale=guidance_scale,
             adapter_scale=adapter_scale,
             concept_scale=concept_scale,
             seed=list(range(len(self.prompts))),
@@ -171,22 +183,21 @@ def examine(exam: Examination) -> tuple[dict[str, float], list[Image.Image]]:
 def choose_scales(
     exam: Examination,
     *,
-    adapter_scales: Sequence[float] = (0.8, 1.0, 1.2, 1.4),
-    concept_scales: Sequence[float] = (0.8, 1.2),
+    grid: Mapping[str, Sequence[float]] = SCALES,
     prompt_accuracy_floor: float = 0.84,
     report: Callable[[dict[str, float]], None] = lambda row: None,
 ) -> dict[str, float]:
-    """The α and β of the best identification among those that keep the prompt accuracy; for validation subjects.
+    """The scales of the best identification among those that keep the prompt accuracy; for validation subjects.
 
-    β is chosen at the default α, then α at that β. Where none keeps the accuracy, the one with the highest counts.
+    They start at the weights' defaults; each in turn is then set to the best of its values, the others as chosen so
+    far. Where none keeps the accuracy, the one with the highest counts.
     """
     concepts = exam.concepts(5)
 
-    def tried(adapter_scale: float, concept_scale: float) -> dict[str, float]:
-        images = exam.personalized(concepts, adapter_scale=adapter_scale, concept_scale=concept_scale)
+    def tried(scales: Mapping[str, float]) -> dict[str, float]:
+        images = exam.personalized(concepts, **scales)
         row = {
-            "adapter_scale": adapter_scale,
-            "concept_scale": concept_scale,
+            **scales,
             "identification_top1": exam.identification_top1(images),
             "identity_similarity": exam.similarity(images),
             "prompt_accuracy": exam.prompt_accuracy(images),
@@ -200,5 +211,8 @@ def choose_scales(
             return max(rows, key=lambda row: row["prompt_accuracy"])
         return max(kept, key=lambda row: (row["identification_top1"], row["identity_similarity"]))
 
-    first = best([tried(adapter_scale, exam.booth.defaults.concept_scale) for adapter_scale in adapter_scales])
-    return best([first, *(tried(first["adapter_scale"], concept_scale) for concept_scale in concept_scales)])
+    chosen = tried({name: getattr(exam.booth.defaults, name) for name in grid})
+    for name, values in grid.items():
+        scales = {each: chosen[each] for each in grid}
+        chosen = best([chosen, *(tried(scales | {name: value}) for value in values if value != chosen[name])])
+    return chosen

@@ -94,11 +94,11 @@ class Recipe:
     adapter_refinement: AdapterTrainingConfig | None = None
     """The adapters again, from their averaged weights: a fresh optimizer, other random numbers. None leaves them."""
     defaults: GenerationDefaults = GenerationDefaults(
-        adapter_scale=1.0, concept_scale=1.0, guidance_scale=3.0, num_inference_steps=25
+        adapter_scale=1.0, concept_scale=1.0, guidance_scale=2.0, num_inference_steps=25
     )
-    """Sampling parameters; α and β are chosen on validation identities at the end."""
+    """Sampling parameters; α, β and guidance are chosen on validation identities at the end, starting at these."""
     validation_subjects: int = 50
-    """Identities, with four prompts each, on which α and β are chosen."""
+    """Identities, with four prompts each, on which the scales are chosen."""
 
 
 GPU = Recipe(
@@ -375,7 +375,10 @@ def _choose_scales(shop: Workshop) -> dict[str, float]:
     exam = Examination(booth, shop.models / "judges", draw_subjects("validation", shop.recipe.validation_subjects))
     chosen = choose_scales(exam, report=lambda row: print(json.dumps(row)))
     booth.defaults = replace(
-        booth.defaults, adapter_scale=chosen["adapter_scale"], concept_scale=chosen["concept_scale"]
+        booth.defaults,
+        guidance_scale=chosen["guidance_scale"],
+        adapter_scale=chosen["adapter_scale"],
+        concept_scale=chosen["concept_scale"],
     )
     booth.save_weights(shop.models / "adapters")
     return chosen
