@@ -101,7 +101,7 @@ def tokenize(tokenizer: Tokenizer, text: str) -> list[int]:
 def tokenize_subject(tokenizer: Tokenizer, text: str, placeholder: str = PLACEHOLDER_TOKEN) -> tuple[list[int], int]:
     """Padded token ids of an expanded prompt, and the position of V̂ (of its last token, if it takes several).
 
-    Raises PromptError where the placeholder is missing, doubled, or lies beyond the model's length.
+    Raises PromptError where the placeholder is missing, doubled, torn apart, or lies beyond the model's length.
     """
     starts = _word_starts(text, placeholder)
     if len(starts) != 1:
