@@ -9,7 +9,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 
 # exec leaves no shell between make and Python: Ctrl-C reaches the driver, which takes its Ray processes down with it.
 demo: .venv/installed
-	@exec $(BIN)/python -m jobs.demo
+	@exec env -u RAY_ADDRESS $(BIN)/python -m jobs.demo
 
 test: .venv/installed
 	$(BIN)/pytest -q --durations=10
@@ -38,7 +38,7 @@ test-serve: .venv/installed
 # http://127.0.0.1:8000 until Ctrl-C, with the miniature.
 serve: export RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH := serve.proxy:middlewares
 serve: .venv/installed
-	@PYTHONPATH=$(CURDIR)/platform:$(CURDIR) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} RAY_ADDRESS=$${RAY_ADDRESS:-local} exec $(BIN)/serve run serve.app:build
+	@PYTHONPATH=$(CURDIR)/platform:$(CURDIR) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} RAY_ADDRESS=local exec $(BIN)/serve run serve.app:build
 
 lint: .venv/installed
 	$(BIN)/ruff check

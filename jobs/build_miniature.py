@@ -34,6 +34,7 @@ class BuildConfig:
 
 def run(config: BuildConfig) -> None:
     """Runs what has not run yet and prints the figures of every stage."""
+    cli.make_folder(config.output)
     record = build(config.output, config.recipe, device=device_of(config.device))
     print(json.dumps(record, indent=2))
     if config.ship is not None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Annotated, TypeVar
 
 import tyro
@@ -23,7 +25,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from instantbooth.errors import InstantBoothError, StoppedError
+from instantbooth.errors import InstantBoothError, ParameterError, StoppedError
 
 PLAIN_EVERY_S = 60.0
 """Between two lines that stand for a progress bar."""
@@ -63,6 +65,17 @@ def ending() -> Iterator[None]:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def make_folder(output: Path) -> None:
+    """Makes a job's folder of results, before there are any. ParameterError where nothing can be written there."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output).close()
+    except OSError as error:
+        raise ParameterError(
+            f"output {str(output)!r} is no folder to write in ({error.strerror}); name another"
+        ) from error
 
 
 @contextmanager

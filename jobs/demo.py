@@ -15,6 +15,7 @@ from typing import Any
 
 import ray
 import torch
+import tyro
 from ray.job_submission import JobStatus, JobSubmissionClient
 from rich.console import Console
 from rich.progress import track
@@ -25,7 +26,7 @@ from instantbooth.evaluation.metrics import identification_top1, prompt_accuracy
 from instantbooth.images import decode_image
 from instantbooth.manifest import MAX_IMAGES, ManifestRow
 from instantbooth.miniature.samples import SUBJECTS_PER_SET, write_manifest, write_pairs
-from instantbooth.presets import miniature_folder
+from instantbooth.presets import miniature_folder, tracking_uri
 from instantbooth.storage import FileStore, read_uri
 from instantbooth.tracking import TrackedRun
 from instantbooth.training.adapters import AdapterTrainingConfig
@@ -41,6 +42,14 @@ from pipelines.plan import IMAGES
 
 
 @dataclass(frozen=True, kw_only=True)
+class DemoModel(ModelConfig):
+    """A base model and trained weights."""
+
+    tracking_uri: tyro.conf.Suppress[str] = field(default_factory=tracking_uri)
+    """Not asked for: the demo tracks its training in its own output folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DemoConfig:
     """Sizes of the demo; the defaults take some minutes on two cores."""
 
@@ -52,7 +61,7 @@ class DemoConfig:
     """Subjects to personalize, seen in no training; four prompts each."""
     references: int = 3
     """Reference images of each subject."""
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: ModelConfig = field(default_factory=DemoModel)
     """Base model and weights to continue from. MLflow is always a SQLite file in the output folder."""
     judges: Path | None = None
     """Folder with the judges attributes/ and identity/; the shipped ones if none is given."""
@@ -80,9 +89,10 @@ class DemoConfig:
 def demo(config: DemoConfig) -> dict[str, Any]:
     """Runs every stage and returns what summary.json says."""
     output = config.output.absolute()
-    output.mkdir(parents=True, exist_ok=True)
+    cli.make_folder(output)
     store = FileStore(output / "store" / f"{datetime.now(UTC):%Y%m%d-%H%M%S}")
-    config = replace(config, model=replace(config.model, tracking_uri=f"sqlite:///{output}/mlflow.db"))
+    model = ModelConfig(**asdict(config.model) | {"tracking_uri": f"sqlite:///{output}/mlflow.db"})
+    config = replace(config, model=model)
     seconds: dict[str, float] = {}
     with _timed("render", seconds):
         _render(store, config)
@@ -136,15 +146,9 @@ def _train_config(config: DemoConfig, store: FileStore) -> TrainConfig:
 
 def _personalize(config: DemoConfig, store: FileStore, training: TrainReport) -> None:
     """Runs jobs.personalize as a Ray job and follows it by the pictures it stores."""
-    options = {
-        "manifest": store.uri("orders/manifest.jsonl"),
-        "output": store.uri("results"),
-        "model.base": config.model.base,
-        "model.image-encoder": config.model.image_encoder,
-        "model.weights": training.weights,
-        "model.tracking-uri": config.model.tracking_uri,
-    }
-    arguments = [f"--{name}={value}" for name, value in options.items() if value is not None]
+    model = asdict(replace(config.model, weights=training.weights))
+    arguments = [f"--manifest={store.uri('orders/manifest.jsonl')}", f"--output={store.uri('results')}"]
+    arguments += [f"--model.{name}={value}" for name, value in model.items() if value is not None]
     wanted = sum(len(row.prompts) for row in load_manifest(store.uri("orders/manifest.jsonl")))
 
     def look() -> tuple[int, str]:
@@ -246,8 +250,7 @@ def _write(
         summary=summary,
     )
     first = [subject for subject in subjects if subject.prompts == subjects[0].prompts][:SUBJECTS_PER_SET]
-    if first:
-        write_contact_sheet(output / "contact_sheet.png", first)
+    write_contact_sheet(output / "contact_sheet.png", first)
 
 
 @contextmanager
@@ -266,8 +269,9 @@ def run(config: DemoConfig) -> dict[str, Any]:
         f"identified {summary['identification_top1']:.0%}, prompts followed {summary['prompt_accuracy']:.0%}, "
         f"{sum(summary['seconds'].values()):.0f} s"
     )
-    for name in ("report.html", "contact_sheet.png", "summary.json"):
-        console.print(f"  {config.output / name}", soft_wrap=True)
+    for path in (config.output / name for name in ("report.html", "contact_sheet.png", "summary.json")):
+        if path.exists():
+            console.print(f"  {path}", soft_wrap=True)
     return summary
 
 

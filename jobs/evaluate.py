@@ -53,6 +53,7 @@ class MiniatureExamination:
 
 def miniature(options: cli.Flat[MiniatureExamination]) -> None:
     """Prints the figures as JSON; exit status 1 where one misses its bar."""
+    cli.make_folder(options.output)
     folder = options.folder or miniature_folder()
     preset = miniature_preset(folder)
     booth = Personalizer.from_pretrained(
@@ -64,7 +65,6 @@ def miniature(options: cli.Flat[MiniatureExamination]) -> None:
     missed = [name for name, bar in BARS.items() if figures[name] < bar]
     if figures["identification_top1"] <= figures["identification_top1_one_reference"]:
         missed.append("five references better than one")
-    options.output.mkdir(parents=True, exist_ok=True)
     grid(exam, pictures).save(options.output / "miniature.png")
     result = {
         "split": options.split,

@@ -90,7 +90,13 @@ def write_page(
 
 
 def write_contact_sheet(path: Path, subjects: Sequence[Subject]) -> None:
-    """Writes a PNG with one line a subject: references left, pictures right. All subjects must share their prompts."""
+    """Writes a PNG with one line a subject: references left, pictures right. All subjects must share their prompts.
+
+    Without subjects there is none afterwards: an earlier one would show what is not in the report.
+    """
+    path.unlink(missing_ok=True)
+    if not subjects:
+        return
     first = subjects[0]
     references, prompts = len(first.references), len(first.prompts)
     left = GAP + references * (TILE + GAP)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +12,8 @@ import torch
 from instantbooth import Personalizer
 from instantbooth.errors import ParameterError
 from instantbooth.miniature.pairs import loop_of
-from instantbooth.miniature.recipe import GPU, Recipe, build, ship
-from instantbooth.presets import miniature_preset
+from instantbooth.miniature.recipe import GPU, NEEDS, RECIPES, RECORD, STAGES, Recipe, Workshop, build, ship
+from instantbooth.presets import miniature_folder, miniature_preset
 from instantbooth.training.adapters import AdapterTrainingConfig
 from instantbooth.training.loop import LoopConfig
 
@@ -30,6 +30,7 @@ def smallest() -> Recipe:
         judging_identities=8,
         held_out_identities=8,
         validation_subjects=2,
+        defaults=replace(GPU.defaults, num_inference_steps=2),
     )
     loops = {field.name: getattr(recipe, field.name) for field in fields(recipe)}
     loops = {name: loop for name, loop in loops.items() if isinstance(loop, LoopConfig)}
@@ -45,12 +46,13 @@ def test_a_build_from_nothing_can_be_repeated_gone_on_with_and_shipped(tmp_path:
     assert build(folder, recipe, device=CPU) == record, "what is made is not made again"
     assert record["adapter_refinement"]["loss"] != record["adapters"]["loss"], "the second round is one of its own"
 
+    adapters = {path: path.read_bytes() for path in (folder / "models/adapters").iterdir()}
     unet = folder / "models/base/unet/diffusion_pytorch_model.safetensors"
     whole = unet.read_bytes()
     unet.write_bytes(whole[:1000])
     del record["refinement"]
     (folder / "models/RECORD.json").write_text(json.dumps(record))
-    build(folder, recipe, device=CPU)
+    record = build(folder, recipe, device=CPU)
     assert unet.read_bytes() == whole, "a stage cut short while it saved is made up for"
 
     with pytest.raises(ParameterError, match="holds the stage 'adapters'"):
@@ -60,12 +62,33 @@ def test_a_build_from_nothing_can_be_repeated_gone_on_with_and_shipped(tmp_path:
     other = replace(recipe, adapters=replace(recipe.adapters, background_weight=1.0))
     with pytest.raises(ParameterError, match="holds the stage 'adapters'"):
         build(folder, other, device=CPU)
-    assert build(folder, recipe, device=CPU)["adapters"]["seconds"] >= 60, "of all sittings"
+    repeated = build(folder, recipe, device=CPU)
+    assert repeated["adapters"]["seconds"] >= 60, "of all sittings"
+    assert {path: path.read_bytes() for path in adapters} == adapters, "refined and with their scales again"
 
     ship(folder / "models", tmp_path / "shipped")
     assert ship(folder / "models", tmp_path / "shipped") <= 40e6
     preset = miniature_preset(tmp_path / "shipped")
     Personalizer.from_pretrained(preset.base, weights=preset.weights, image_encoder=preset.image_encoder, device="cpu")
+
+
+def test_a_stage_that_the_recipe_leaves_out_does_nothing(tmp_path: Path) -> None:
+    shop = Workshop(tmp_path, RECIPES["cpu"], CPU)
+    assert [STAGES[name](shop) for name in ("adapter_refinement", "decoder")] == [{}, {}]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_stage_needs_only_stages_before_it() -> None:
+    order = list(STAGES)
+    assert all(order.index(need) < order.index(stage) for stage, needed in NEEDS.items() for need in needed)
+
+
+def test_the_shipped_weights_were_made_by_the_recipe_that_is_named() -> None:
+    made_by = json.loads((miniature_folder() / RECORD).read_text())["made_by"]
+    assert made_by == {
+        "command": "python -m jobs.build_miniature recipe:gpu",
+        "recipe": json.loads(json.dumps(asdict(RECIPES["gpu"]))),
+    }
 
 
 def test_shipping_replaces_nothing_but_a_miniature(tmp_path: Path) -> None:

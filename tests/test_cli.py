@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable
 from itertools import count
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from jobs import cli
+from instantbooth.errors import ParameterError
+from jobs import build_miniature, cli, demo, evaluate
+from jobs.benchmarks import engine
 
 
 def test_without_a_terminal_lines_tell_how_far_it_is(
@@ -30,3 +35,21 @@ def test_a_bar_that_learns_nothing_hides_no_ending() -> None:
 
     with pytest.raises(ValueError, match="the real reason"), cli.following("training", 10, look):
         raise ValueError("the real reason")
+
+
+@pytest.mark.parametrize(
+    ("run", "config"),
+    [
+        (demo.run, demo.DemoConfig),
+        (build_miniature.run, build_miniature.BuildConfig),
+        (evaluate.miniature, evaluate.MiniatureExamination),
+        (engine.engine, engine.EngineBenchmark),
+    ],
+)
+def test_an_output_that_is_no_folder_is_refused_before_the_work(
+    run: Callable[[Any], object], config: Callable[..., Any], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    for output in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ParameterError, match="is no folder to write in"):
+            run(config(output=output))

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
 from instantbooth.errors import ParameterError, PromptError
+from instantbooth.presets import miniature_folder
 from instantbooth.prompts import class_of, expand, insert_field, placeholder_tokens, tokenize, tokenize_subject
 
 
@@ -35,12 +36,45 @@ def test_the_position_is_that_of_the_placeholders_last_token(
         ("a photo of a person", "names no subject"),
         ("{subject} and {subject}", "names the subject 2 times"),
         ("a sks {subject}", "placeholder token 'sks' itself"),
+        ("SKS2 {subject}", "placeholder token 'sks' itself"),
+        ("a my_sks {subject}", "placeholder token 'sks' itself"),
+        ("a super{subject}", "within a word; put a space"),
+        ("4{subject}", "within a word; put a space"),
+        ("two {subject}s", "within a word; put a space"),
         (7, "is int, not text"),
     ],
 )
 def test_a_prompt_without_one_subject_is_refused(prompt: object, fault: str) -> None:
     with pytest.raises(PromptError, match=fault):
         expand(prompt, "person")
+
+
+WORDS = ["a", "photo", "of", "desks", "sksy", "super", "2", "_", "...", "it's", "“", "张", "ü", "<|endoftext|>"]
+
+
+@given(before=st.lists(st.sampled_from(WORDS), max_size=6), behind=st.lists(st.sampled_from(WORDS), max_size=6))
+def test_no_other_word_is_taken_for_the_placeholder(
+    tokenizer: CLIPTokenizer, before: list[str], behind: list[str]
+) -> None:
+    def tokens(words: list[str]) -> list[int]:
+        return [token for word in words for token in tokenizer(word, add_special_tokens=False)["input_ids"]]
+
+    words = [*before, "{subject}", *behind]
+    _, position = tokenize_subject(tokenizer, expand(" ".join(words), "person"))
+    assert position == len(tokens(["<|startoftext|>", *before]))
+
+
+def test_words_that_end_like_the_placeholder_are_no_second_one() -> None:
+    tokenizer = CLIPTokenizer.from_pretrained(miniature_folder() / "base/tokenizer")
+    placeholder = placeholder_tokens(tokenizer, "sks")
+    ids, position = tokenize_subject(tokenizer, expand("desks, a {subject} and disks", "person"))
+    assert [ids[at : at + 1] for at in (2, position, position + 4)] == [placeholder] * 3, "as tokens they are the same"
+    assert position == 5
+
+
+def test_a_sign_that_takes_letters_of_the_placeholder_is_refused(tokenizer: CLIPTokenizer) -> None:
+    with pytest.raises(PromptError, match="glued to a sign"):
+        tokenize_subject(tokenizer, expand("a photo of '{subject}'", "person"))
 
 
 def test_a_subject_beyond_the_text_encoders_reach_is_refused(tokenizer: CLIPTokenizer) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -67,26 +68,8 @@ def adapter(options: cli.Flat[AdapterBenchmark]) -> None:
     unet, (tokens, prompt_tokens) = (
         (_full_size_unet(device, dtype), SD15_TOKENS) if options.full_size else _miniature_unet(device, dtype)
     )
-    width = int(unet.config.cross_attention_dim)
-    adapters = attach(unet, width).requires_grad_(False)
-    side, channels = int(unet.config.sample_size), int(unet.config.in_channels)
-    rows = 2 * options.requests
-    sample = torch.randn(rows, channels, side, side, device=device, dtype=dtype)
-    text = torch.randn(rows, prompt_tokens, width, device=device, dtype=dtype)
-    timesteps = torch.full((rows,), 500, device=device)
-
-    def step(kwargs: dict[str, object] | None) -> Callable[[], None]:
-        return lambda: unet(sample, timesteps, text, cross_attention_kwargs=kwargs)
-
-    variants: dict[str, Callable[[], None]] = {"bare": step(None)}
-    for count in REFERENCE_COUNTS:
-        features = torch.randn(options.requests, count * tokens, width, device=device, dtype=dtype)
-        scale = torch.ones(options.requests, 1, 1, device=device, dtype=dtype)
-        concepts = [concept_keys_values(adapters, _concept(each)) for each in features]
-        saved = step(adapter_kwargs(batch_references(concepts, scale)))
-        variants[f"saved_{count}"] = _with_fusers(unet, adapters, saved, written_out=False)
-        anew = step(adapter_kwargs(References(scale=scale, patch_features=features)))
-        variants[f"equation_{count}"] = _with_fusers(unet, adapters, anew, written_out=True)
+    adapters = attach(unet, int(unet.config.cross_attention_dim)).requires_grad_(False)
+    variants = variants_of(unet, adapters, requests=options.requests, tokens=tokens, prompt_tokens=prompt_tokens)
     medians = measure(variants, options.repeats, device)
     over_bare = {n: round(medians[f"saved_{n}"] / medians["bare"], 3) for n in REFERENCE_COUNTS}
     over_equation = {n: round(medians[f"saved_{n}"] / medians[f"equation_{n}"], 3) for n in REFERENCE_COUNTS}
@@ -107,18 +90,46 @@ def adapter(options: cli.Flat[AdapterBenchmark]) -> None:
     )
 
 
+def variants_of(
+    unet: UNet2DConditionModel, adapters: nn.ModuleDict, *, requests: int, tokens: int, prompt_tokens: int
+) -> dict[str, Callable[[], Tensor]]:
+    """The steps to measure: "bare", and "saved_n" and "equation_n" for n reference images of `tokens` each.
+
+    All see the same random input; each returns what the U-Net predicts, [2 · requests, C, h, w].
+    """
+    rows, width = 2 * requests, int(unet.config.cross_attention_dim)
+    side, channels = int(unet.config.sample_size), int(unet.config.in_channels)
+    new = partial(torch.randn, device=unet.device, dtype=unet.dtype)
+    sample, text = new(rows, channels, side, side), new(rows, prompt_tokens, width)
+    timesteps = torch.full((rows,), 500, device=unet.device)
+
+    def step(kwargs: dict[str, object] | None) -> Callable[[], Tensor]:
+        return lambda: unet(sample, timesteps, text, cross_attention_kwargs=kwargs).sample
+
+    variants = {"bare": step(None)}
+    for count in REFERENCE_COUNTS:
+        features = new(requests, count * tokens, width)
+        scale = torch.ones(requests, 1, 1, device=unet.device, dtype=unet.dtype)
+        concepts = [concept_keys_values(adapters, _concept(each)) for each in features]
+        saved = step(adapter_kwargs(batch_references(concepts, scale)))
+        variants[f"saved_{count}"] = _with_fusers(unet, adapters, saved, written_out=False)
+        anew = step(adapter_kwargs(References(scale=scale, patch_features=features)))
+        variants[f"equation_{count}"] = _with_fusers(unet, adapters, anew, written_out=True)
+    return variants
+
+
 def _with_fusers(
-    unet: UNet2DConditionModel, adapters: nn.ModuleDict, variant: Callable[[], None], *, written_out: bool
-) -> Callable[[], None]:
+    unet: UNet2DConditionModel, adapters: nn.ModuleDict, variant: Callable[[], Tensor], *, written_out: bool
+) -> Callable[[], Tensor]:
     blocks = {
         block.fuser.layer: block for block in unet.modules() if isinstance(getattr(block, "fuser", None), GatedAdapter)
     }
     fusers = {layer: WrittenOut(adapter) if written_out else adapter for layer, adapter in adapters.items()}
 
-    def prepared() -> None:
+    def prepared() -> Tensor:
         for layer, block in blocks.items():
             block.fuser = fusers[layer]
-        variant()
+        return variant()
 
     return prepared
 

@@ -101,6 +101,7 @@ def autoscaling(options: cli.Flat[AutoscalingBenchmark]) -> None:
     """Writes a plot and its numbers, and prints a summary as JSON; exit status 1 where a replica computed nothing."""
     from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
+    cli.make_folder(options.output)
     policy = AutoscalingPolicy(
         policy_function="serve.scaling:QueuedWorkPolicy", policy_kwargs={"rows_per_replica": options.rows_per_replica}
     )
@@ -117,7 +118,6 @@ def autoscaling(options: cli.Flat[AutoscalingBenchmark]) -> None:
     with endpoint(options.port, scaling, **waiting) as url:
         looks, answers = _driven(options, url)
     summary = {"machine": machine("cpu"), **_summary(options, looks, answers)}
-    options.output.mkdir(parents=True, exist_ok=True)
     numbers = {"looks": [asdict(look) for look in looks], "answers": [asdict(answer) for answer in answers]}
     (options.output / "autoscaling.json").write_text(json.dumps(summary | numbers, indent=2))
     _plot(options, looks, answers, options.output / "autoscaling.png")

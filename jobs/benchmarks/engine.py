@@ -81,9 +81,9 @@ def engine(options: cli.Flat[EngineBenchmark]) -> None:
 
     Exit status 1 where a goal is missed.
     """
+    cli.make_folder(options.output)
     with _personalizer(options) as booth:
         result = _measure(booth, options)
-    options.output.mkdir(parents=True, exist_ok=True)
     text = json.dumps(result, indent=2)
     (options.output / "engine.json").write_text(text + "\n")
     plot(json.loads(text), options.output / "engine.png")

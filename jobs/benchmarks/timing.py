@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from rich.console import Console
@@ -13,7 +13,7 @@ from rich.progress import track
 
 
 @torch.inference_mode()
-def measure(variants: dict[str, Callable[[], None]], repeats: int, device: torch.device) -> dict[str, float]:
+def measure(variants: Mapping[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, float]:
     """Median seconds of each variant; the variants take turns, so that a busy moment meets them all."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for repeat in track(range(repeats + 1), "measuring", console=Console(stderr=True)):

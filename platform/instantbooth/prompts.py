@@ -72,7 +72,7 @@ def expand(prompt: object, noun: str, placeholder: str = PLACEHOLDER_TOKEN) -> s
     >>> expand("a photo of a {subject} playing guitar", "person")
     'a photo of a sks person playing guitar'
 
-    Raises PromptError unless "{subject}" stands in the prompt exactly once and the placeholder nowhere else.
+    Raises PromptError unless "{subject}" stands in the prompt once, as a word, and the placeholder nowhere else.
     """
     if not isinstance(prompt, str):
         raise PromptError(f"prompt is {type(prompt).__name__}, not text; write for example 'a photo of a {{subject}}'")
@@ -80,7 +80,9 @@ def expand(prompt: object, noun: str, placeholder: str = PLACEHOLDER_TOKEN) -> s
     if count != 1:
         rule = "names no subject" if count == 0 else f"names the subject {count} times"
         raise PromptError(f"prompt {prompt!r} {rule}; write {SUBJECT_FIELD} exactly once, where the subject belongs")
-    if re.search(rf"\b{re.escape(placeholder)}\b", prompt, re.IGNORECASE):
+    if re.search(r"[^\W_]\{subject}|\{subject}[^\W_]", prompt):
+        raise PromptError(f"prompt {prompt!r} has {SUBJECT_FIELD} within a word; put a space between them")
+    if _word_starts(prompt, placeholder):
         raise PromptError(f"prompt {prompt!r} holds the placeholder token {placeholder!r} itself; remove that word")
     return prompt.replace(SUBJECT_FIELD, f"{placeholder} {noun}")
 
@@ -99,15 +101,22 @@ def tokenize(tokenizer: Tokenizer, text: str) -> list[int]:
 def tokenize_subject(tokenizer: Tokenizer, text: str, placeholder: str = PLACEHOLDER_TOKEN) -> tuple[list[int], int]:
     """Padded token ids of an expanded prompt, and the position of V̂ (of its last token, if it takes several).
 
-    Raises PromptError where the placeholder is missing, doubled, or lies beyond the model's length.
+    Raises PromptError where the placeholder is missing, doubled, torn apart, or lies beyond the model's length.
     """
-    wanted = placeholder_tokens(tokenizer, placeholder)
-    ids = list(tokenizer(text, verbose=False)["input_ids"])
-    starts = [i for i in range(len(ids) - len(wanted) + 1) if ids[i : i + len(wanted)] == wanted]
+    starts = _word_starts(text, placeholder)
     if len(starts) != 1:
         rule = "does not hold" if not starts else f"holds {len(starts)} times"
         raise PromptError(f"prompt {text!r} {rule} the placeholder token {placeholder!r}; write it exactly once")
-    position = starts[0] + len(wanted) - 1
+    wanted = placeholder_tokens(tokenizer, placeholder)
+    ids = list(tokenizer(text, verbose=False)["input_ids"])
+    # No token reaches over the end of a word, so the words before it have the same tokens without it.
+    start = len(tokenizer(text[: starts[0]], verbose=False)["input_ids"]) - 1
+    if ids[start : start + len(wanted)] != wanted:
+        raise PromptError(
+            f"prompt {text!r} has the placeholder token {placeholder!r} glued to a sign before or behind it; "
+            "put a space between them"
+        )
+    position = start + len(wanted) - 1
     limit = tokenizer.model_max_length
     if position >= limit - 1:
         raise PromptError(
@@ -115,6 +124,13 @@ def tokenize_subject(tokenizer: Tokenizer, text: str, placeholder: str = PLACEHO
             "name the subject earlier or shorten the prompt"
         )
     return _fit(ids[: limit - 1], tokenizer), position
+
+
+def _word_starts(text: str, word: str) -> list[int]:
+    """Where `word` stands in a text as a word of CLIP's tokenizer, to which digits and signs are others."""
+    letter = r"[^\W\d_]"
+    pattern = rf"(?<!{letter}){re.escape(word)}(?!{letter})"
+    return [found.start() for found in re.finditer(pattern, text, re.IGNORECASE)]
 
 
 def _fit(ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:

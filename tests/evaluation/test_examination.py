@@ -7,10 +7,22 @@ from pathlib import Path
 
 import pytest
 
-from instantbooth.evaluation.miniature import BARS
+from instantbooth import Personalizer
+from instantbooth.evaluation.miniature import BARS, Examination, draw_subjects
+from instantbooth.presets import miniature_folder
 from jobs.evaluate import MiniatureExamination, miniature
 
 FEW = 3
+
+
+def test_persons_and_cats_are_identified_apart(booth: Personalizer) -> None:
+    exam = Examination(booth, miniature_folder() / "judges", draw_subjects("validation", 8, prompts=2))
+    owners = [exam.subjects[owner] for owner in exam.owners.tolist()]
+    # Cats are shown as they are, all four persons as the first of them.
+    shown = [owner if owner.class_noun == "cat" else exam.subjects[0] for owner in owners]
+    images = [subject.references[0].image for subject in shown]
+    assert exam.identification_by_noun(images) == {"cat": 1, "person": 0.25}
+    assert exam.identification_top1(images) == 0.625
 
 
 @pytest.mark.full

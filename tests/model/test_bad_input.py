@@ -144,6 +144,8 @@ def test_folders(tiny: Path, booth: Personalizer, tmp_path: Path) -> None:
         (WeightsError, "lack 1 tensors", {"image_encoder": without_one_tensor("clip", "model.safetensors")}),
         (WeightsError, "model is NoneType; name a preset or a folder", {"base": None}),
         (ParameterError, "device 'gpu' is unknown", {"device": "gpu"}),
+        (ParameterError, "device 1.5 is unknown", {"device": 1.5}),
+        (ParameterError, "device '' is unknown", {"device": ""}),
         (ParameterError, "device is 'mps', which torch cannot use here", {"device": "mps"}),
         (ParameterError, "device is 'cuda:7', which torch cannot use here", {"device": "cuda:7"}),
         (WeightsError, "comes without trained weights", {"weights": None}),
@@ -151,6 +153,35 @@ def test_folders(tiny: Path, booth: Personalizer, tmp_path: Path) -> None:
     for error, message, arguments in cases:
         with pytest.raises(error, match=message):
             load(**arguments)  # type: ignore[arg-type]
+
+
+def test_small_files_that_are_missing_are_found_before_large_ones_are_read(
+    tiny: Path, booth: Personalizer, tmp_path: Path
+) -> None:
+    booth.save_weights(tmp_path / "w")
+    (tmp_path / "cut").mkdir()
+    shutil.copy(tmp_path / "w/config.json", tmp_path / "cut")
+    shutil.copytree(tiny / "clip", tmp_path / "pickled")
+    (tmp_path / "pickled/model.safetensors").rename(tmp_path / "pickled/pytorch_model.bin")
+    (tmp_path / "empty").mkdir()
+    parts = {"image_encoder": tiny / "clip", "weights": tmp_path / "w"}
+    with pytest.raises(BaseModelError, match="lacks tokenizer"):
+        Personalizer.from_pretrained(tmp_path / "empty", **parts)  # what reading it ends with
+    for changed, message in (
+        ({"weights": tmp_path / "cut"}, "weights.safetensors does not exist"),
+        ({"image_encoder": tmp_path / "empty"}, "no CLIP image encoder: it has no config.json"),
+        ({"image_encoder": tmp_path / "pickled"}, r"no CLIP image encoder: it has no \*\.safetensors"),
+    ):
+        with pytest.raises(WeightsError, match=message):
+            Personalizer.from_pretrained(tmp_path / "empty", **(parts | changed))
+    with pytest.raises(WeightsError, match=r"it has no \*\.safetensors"):
+        Personalizer.untrained(tiny / "base", image_encoder=tmp_path / "pickled")
+
+
+def test_weights_are_not_saved_into_a_file(booth: Personalizer, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(WeightsError, match="name a folder to write in"):
+        booth.save_weights(tmp_path / "file")
 
 
 def test_tokenizers(tiny: Path, tmp_path: Path) -> None:
@@ -230,6 +261,10 @@ def test_damaged_concepts(concept: Concept, tmp_path: Path) -> None:
         Concept.load(None)  # type: ignore[arg-type]
     with pytest.raises(ConceptError, match="name a file in a folder that exists"):
         concept.save(tmp_path / "nowhere" / "ada.safetensors")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ConceptError, match="name a file"):
+        concept.save(tmp_path / "folder")
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_every_error_is_one_of_ours() -> None:

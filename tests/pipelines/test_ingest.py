@@ -41,7 +41,7 @@ from instantbooth.images import decode_image, mask_coverage
 from instantbooth.miniature.corpus import class_noun_of, identity_of, subject_seed
 from instantbooth.miniature.world import Scene, render
 from instantbooth.model import segmentation
-from instantbooth.model.base import BaseModel
+from instantbooth.model.base import BaseModel, load_tokenizer
 from instantbooth.model.encoders import resize_to_tensor
 from instantbooth.model.segmentation import silhouette, working_size
 from instantbooth.presets import miniature_folder
@@ -536,6 +536,9 @@ def test_a_noun_is_a_word_of_its_own_and_the_only_one() -> None:
     ):
         pair = named(text)
         assert (pair.caption, pair.noun, pair.subject) == (caption, noun, subject)
+    tokenizer = load_tokenizer(miniature_folder() / "base")
+    alike = name_subject(Pair(row=0, name="", text="a man and desks"), rules=rules, tokenizer=tokenizer)
+    assert alike.caption == "a {subject} and desks", "whose last token is the placeholder's"
     for text, reason in {
         "a catalogue of manners": Reason.NO_NOUN,
         "GİRL power": Reason.NO_NOUN,

@@ -15,7 +15,7 @@ from instantbooth import Concept, Personalizer
 from instantbooth.evaluation.judges import AttributeJudge, IdentityJudge
 from instantbooth.evaluation.methods.interface import Sampling
 from instantbooth.evaluation.methods.sampling import encode_prompts, sample
-from instantbooth.evaluation.metrics import identification_top1, prompt_accuracy
+from instantbooth.evaluation.metrics import identification_top1, nearest_identity, prompt_accuracy
 from instantbooth.miniature.corpus import class_noun_of, identity_of, subject_seed
 from instantbooth.miniature.world import Picture, Scene, caption_of, render
 from instantbooth.presets import preset
@@ -161,6 +161,15 @@ class Examination:
         """Share of pictures nearest to their own subject's reference gallery."""
         return identification_top1(self.identity.embed(images), self.owners, self.gallery)
 
+    def identification_by_noun(self, images: list[Image.Image]) -> dict[str, float]:
+        """The same among the pictures of each class noun; the gallery stays whole."""
+        hits = nearest_identity(self.identity.embed(images), self.gallery) == self.owners
+        nouns = [self.subjects[owner].class_noun for owner in self.owners.tolist()]
+        return {
+            noun: float(hits[torch.tensor([each == noun for each in nouns])].float().mean())
+            for noun in sorted(set(nouns))
+        }
+
     def similarity(self, images: list[Image.Image]) -> float:
         """Mean cosine between a picture and its subject's references, by the identity judge."""
         embedded = self.identity.embed(images)
@@ -169,12 +178,17 @@ class Examination:
 
 
 def examine(exam: Examination) -> tuple[dict[str, float], list[Image.Image]]:
-    """The figures behind BARS, the same with one reference picture, and the pictures made with five."""
+    """The figures behind BARS, the same with one reference picture, and the pictures made with five.
+
+    identification_top1 is told of persons and cats apart as well.
+    """
     figures = {"base_prompt_accuracy": exam.prompt_accuracy(exam.unpersonalized())}
     pictures = {}
     for references, suffix in ((5, ""), (1, "_one_reference")):
         images = pictures[references] = exam.personalized(exam.concepts(references))
         figures[f"identification_top1{suffix}"] = exam.identification_top1(images)
+        by_noun = exam.identification_by_noun(images)
+        figures |= {f"identification_top1_{noun}{suffix}": share for noun, share in by_noun.items()}
         figures[f"identity_similarity{suffix}"] = exam.similarity(images)
         figures[f"prompt_accuracy{suffix}"] = exam.prompt_accuracy(images)
     return figures, pictures[5]

@@ -171,9 +171,9 @@ class Workshop:
 
 
 def build(folder: Path, recipe: Recipe, *, device: torch.device) -> dict[str, Any]:
-    """Runs every stage that has not run yet; returns figures by stage, also kept in models/RECORD.json.
+    """Runs every stage that has not run yet, and those that need it; returns figures by stage.
 
-    Raises ParameterError where a stage that has run was of another recipe.
+    They are kept in models/RECORD.json. Raises ParameterError where a stage that has run was of another recipe.
     """
     workshop = Workshop(folder, recipe, device)
     record_path = workshop.models / RECORD
@@ -183,6 +183,8 @@ def build(folder: Path, recipe: Recipe, *, device: torch.device) -> dict[str, An
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     for name, stage in STAGES.items():
         if name not in record:
+            for later in (each for each, needed in NEEDS.items() if name in needed):
+                record.pop(later, None)
             before = record.setdefault(BEGUN, {}).setdefault(name, 0.0)
             _write(record, record_path)
             torch.manual_seed(0)
@@ -323,10 +325,12 @@ def _build_adapters(shop: Workshop) -> dict[str, float]:
 
 
 def _refine_adapters(shop: Workshop) -> dict[str, float]:
-    booth, losses = _first_adapters(shop)
-    if shop.recipe.adapter_refinement is not None:
-        losses = _fit(shop, booth, shop.recipe.adapter_refinement, "adapter_refinement")
-        booth.save_weights(shop.models / "adapters")
+    config = shop.recipe.adapter_refinement
+    if config is None:
+        return {}
+    booth, _ = _first_adapters(shop)
+    losses = _fit(shop, booth, config, "adapter_refinement")
+    booth.save_weights(shop.models / "adapters")
     return _last_loss(losses)
 
 
@@ -354,10 +358,12 @@ def _last_loss(losses: list[float]) -> dict[str, float]:
 
 
 def _refine_decoder(shop: Workshop) -> dict[str, float]:
+    config = shop.recipe.decoder
+    if config is None:
+        return {}
     vae, corpus = shop.vae(), shop.corpus()
-    if shop.recipe.decoder is not None:
-        train_decoder(vae, corpus, shop.latents(corpus), shop.recipe.decoder, folder=shop.checkpoints)
-        vae.save_pretrained(shop.models / "base" / "vae")
+    train_decoder(vae, corpus, shop.latents(corpus), config, folder=shop.checkpoints)
+    vae.save_pretrained(shop.models / "base" / "vae")
     return {"psnr_db": psnr(vae, torch.from_numpy(shop.held_out().images))}
 
 
@@ -396,6 +402,16 @@ STAGES: dict[str, Stage] = {
     "decoder": _refine_decoder,
     "scales": _choose_scales,
 }
+
+NEEDS: dict[str, tuple[str, ...]] = {
+    "diffusion": ("vae",),
+    "refinement": ("diffusion",),
+    "adapters": ("clip", "refinement"),
+    "adapter_refinement": ("adapters",),
+    "decoder": ("vae",),
+    "scales": ("judges", "adapter_refinement", "decoder"),
+}
+"""The stages whose results a stage starts from; the others start from renders alone."""
 
 
 SETTINGS: dict[str, tuple[str, ...]] = {

@@ -132,9 +132,11 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
 
 def device_of(device: str | torch.device | None) -> torch.device:
     """The named one, else a GPU where there is one. ParameterError for one that this machine has not."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError) as error:
         raise ParameterError(f"device {device!r} is unknown; pass 'cpu', 'cuda' or 'cuda:1'") from error
     try:
         torch.empty(0, device=chosen)

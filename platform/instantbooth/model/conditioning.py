@@ -114,8 +114,11 @@ class Concept:
         try:
             target = Path(path)
             partial = target.with_name(f"{target.name}.partial")
-            partial.write_bytes(self.to_bytes())
-            os.replace(partial, target)
+            try:
+                partial.write_bytes(self.to_bytes())
+                os.replace(partial, target)
+            finally:
+                partial.unlink(missing_ok=True)
         except (OSError, TypeError, ValueError) as error:
             raise ConceptError(
                 f"the concept cannot be saved as {path!r} ({error}); name a file in a folder that exists"

@@ -25,6 +25,7 @@ class ImageEncoder(nn.Module):
     def __init__(self, folder: Path, *, patch_layer: int, device: torch.device, dtype: torch.dtype) -> None:
         """Loads a CLIP folder. WeightsError where it is none."""
         super().__init__()
+        check_image_encoder(folder)
         self.folder = folder
         self.patch_layer = patch_layer
         try:
@@ -75,6 +76,13 @@ class ImageEncoder(nn.Module):
             with file.open("rb") as stream:
                 content.update(hashlib.file_digest(stream, "sha256").digest())
         return content.hexdigest()
+
+
+def check_image_encoder(folder: Path) -> None:
+    """Raises WeightsError for a folder without the files of a CLIP: concepts are known by its *.safetensors."""
+    for files in ("config.json", "preprocessor_config.json", "*.safetensors"):
+        if not any(folder.glob(files)):
+            raise WeightsError(f"{folder} is no CLIP image encoder: it has no {files}; name a CLIP folder that has")
 
 
 class Encoders(nn.Module):

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from instantbooth.config import WeightsConfig
 from instantbooth.errors import WeightsError
+from instantbooth.model.base import local_folder
+from instantbooth.model.encoders import check_image_encoder
 from instantbooth.presets import ModelPreset, model_parts
 
 CONFIG_FILE = "config.json"
@@ -22,14 +24,20 @@ TENSORS_FILE = "weights.safetensors"
 
 
 def save_weights(folder: Path, config: WeightsConfig, trained: nn.Module, *, dtype: torch.dtype) -> None:
-    """Writes the folder; config.json last, so that a folder cut short is never taken for weights."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG_FILE).unlink(missing_ok=True)
+    """Writes the folder; config.json last, so that a folder cut short is never taken for weights.
+
+    WeightsError where it cannot be written.
+    """
     tensors = {name: value.detach().to("cpu", dtype).contiguous() for name, value in trained.state_dict().items()}
     partial = folder / f"{TENSORS_FILE}.partial"
-    save_file(tensors, partial)
-    os.replace(partial, folder / TENSORS_FILE)
-    config.save(folder / CONFIG_FILE)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG_FILE).unlink(missing_ok=True)
+        save_file(tensors, partial)
+        os.replace(partial, folder / TENSORS_FILE)
+        config.save(folder / CONFIG_FILE)
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"weights cannot be saved in {folder} ({error}); name a folder to write in") from error
 
 
 def weights_files(config: WeightsConfig, tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
@@ -42,24 +50,36 @@ def weights_files(config: WeightsConfig, tensors: Mapping[str, Tensor]) -> dict[
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """The folder's tensors by name. WeightsError where they are missing or damaged."""
-    path = folder / TENSORS_FILE
-    if not path.is_file():
-        raise WeightsError(f"{path} does not exist; name a folder with {CONFIG_FILE} and {TENSORS_FILE}")
+    path = _tensors_file(folder)
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path} is damaged ({error}); copy or train the weights again") from error
 
 
+def _tensors_file(folder: Path) -> Path:
+    path = folder / TENSORS_FILE
+    if not path.is_file():
+        raise WeightsError(f"{path} does not exist; name a folder with {CONFIG_FILE} and {TENSORS_FILE}")
+    return path
+
+
 def trained_parts(
     model: str | Path, weights: str | Path | None, image_encoder: str | Path | None, segmenter: str | Path | None
 ) -> tuple[ModelPreset, Path, WeightsConfig]:
-    """What `model_parts` finds, as its weights want it; their folder and config.json. WeightsError without any."""
+    """What `model_parts` finds, as its weights want it; their folder and config.json.
+
+    WeightsError without any, or where a file of theirs or of a local image encoder is missing; BaseModelError where the
+    image encoder is neither a folder nor a name.
+    """
     parts = model_parts(model, weights, image_encoder, segmenter)
     if parts.weights is None:
         raise WeightsError(f"{model} comes without trained weights; pass weights=, a folder from training")
     folder = Path(parts.weights)
     config = WeightsConfig.load(folder / CONFIG_FILE)
+    _tensors_file(folder)
+    if (clip := local_folder(parts.image_encoder)) is not None:
+        check_image_encoder(clip)
     return replace(parts, patch_layer=config.patch_layer), folder, config
 
 
