@@ -24,7 +24,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from instantbooth.parameters import RANGES
-from instantbooth.prompts import CLASS_NOUNS, SUBJECT_FIELD
+from instantbooth.prompts import CLASS_NOUNS
 from instantbooth.storage import open_store
 from serve.asgi import BodyLimit, Envelope, Errors, Keys, answer
 from serve.bodies import (
@@ -338,9 +338,10 @@ class Api:
                 rule = f"sides must be multiples of {limits.size_step} up to {limits.max_side}"
                 raise ApiError(422, "invalid_value", f"size: {rule}, is {body.size}; see /v1/models", "size")
         # A word is a token at least; the replica counts them.
-        if len(body.prompt.partition(SUBJECT_FIELD)[0].split()) >= limits.max_prompt_tokens:
-            rule = f"the text encoder reads {limits.max_prompt_tokens} tokens"
-            raise ApiError(422, "invalid_value", f"prompt: {rule}; name the subject earlier", "prompt")
+        for name, text in (("prompt", body.prompt), ("negative_prompt", body.negative_prompt or "")):
+            if (words := len(text.split())) > limits.max_prompt_tokens:
+                rule = f"the text encoder reads {limits.max_prompt_tokens} tokens, and this has {words} words"
+                raise ApiError(422, "invalid_value", f"{name}: {rule}; shorten it", name)
 
     async def _generate_once(self, request: Request, body: GenerationBody, key: Key) -> Response:
         """The call with this key, made or repeated. A repeated one needs no place, and no concept either."""

@@ -328,7 +328,7 @@ class Limits(BaseModel):
     max_steps: int = MAX_STEPS
     max_partial_images: int = MAX_PARTIAL_IMAGES
     max_prompt_chars: int = MAX_PROMPT_CHARS
-    max_prompt_tokens: int
+    max_prompt_tokens: int = Field(description="Of a prompt, its subject written out, or a negative one.")
     max_deadline_s: float = MAX_DEADLINE_S
     max_concept_ttl_s: int
     size_step: int = Field(description="Width and height are multiples of it.")

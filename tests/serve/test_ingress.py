@@ -227,6 +227,7 @@ def test_an_edit_is_refused_before_anything_is_encoded_and_has_its_own_deadline(
         (422, {"prompt": "{subject} {subject}"}),
         (422, {"prompt": "a {subject}", "negative_prompt": "no {subject}"}),
         (422, {"prompt": "very " * 75 + "old {subject}"}),
+        (422, {"prompt": "a {subject}", "negative_prompt": "very " * 76}),
         (404, {"concept": "concept_000000000000000000000000"}),
     ],
 )
