@@ -63,7 +63,7 @@ class ServeConfig(BaseModel):
     max_pending_uploads: int = Field(default=16, ge=1)
     """Uploads that an ingress replica waits for, and their encoding."""
     upload_s: float = Field(default=60.0, gt=0)
-    """Seconds that the files of a call may take to arrive."""
+    """Seconds that the body of a call may take to arrive."""
     jobs_at_once: int = Field(default=4, ge=1)
     """Jobs that nobody waits for, denoised at a time for each diffusion replica; their tenants take turns."""
     max_jobs: int = Field(default=200, ge=1)

@@ -244,17 +244,18 @@ def test_what_cannot_be_made_is_not_accepted_as_a_job(
     run(test, denoised)
 
 
-def test_a_client_that_sends_its_photos_too_slowly_is_told_so(run: Callable[..., None]) -> None:
-    async def drops() -> AsyncIterator[bytes]:
-        yield b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
+def test_a_client_that_sends_its_body_too_slowly_is_told_so(run: Callable[..., None]) -> None:
+    async def drops(begin: bytes) -> AsyncIterator[bytes]:
+        yield begin
         while True:
             yield b"a"
             await asyncio.sleep(0.05)
 
     async def test(endpoint: Endpoint) -> None:
-        headers = {"Content-Type": "multipart/form-data; boundary=x"}
-        for path in ("/v1/concepts", EDITS):
-            answer = await endpoint.client.post(path, content=drops(), headers=headers)
+        part = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
+        form, text = (part, "multipart/form-data; boundary=x"), (b'{"prompt": "', "application/json")
+        for path, (begin, kind) in {"/v1/concepts": form, EDITS: form, GENERATIONS: text, JOBS: text}.items():
+            answer = await endpoint.client.post(path, content=drops(begin), headers={"Content-Type": kind})
             assert (answer.status_code, answer.json()["error"]["code"]) == (408, "upload_timeout")
         assert endpoint.api.uploads.taken == 0
 
