@@ -40,14 +40,15 @@ from serve.metrics import Snapshot, StageMetrics, queue_metrics
 from serve.pictures import PictureStore
 from serve.records import Expiring, Records
 from serve.schemas import ErrorObject, GenerationBody, ImageParameters
-from serve.stages import Stages, ask_all
+from serve.stages import REPLICA_LOST, Stages, ask_all
 
 logger = logging.getLogger("ray.serve")
 
 RETRIED = (429, 503)
 """Answers of a stage that may be another the next time."""
 MAX_FAILURES = 5
-"""So often is a job begun that fails with one of them; before it is begun it may be refused as often as it takes."""
+"""So often is a job begun that fails with one of them, or that its replicas are lost on; before it is begun it may be
+refused as often as it takes."""
 RETRY_S = 1.0
 SHARE_OUT_S = 2.0
 """How often the diffusion replicas are counted, and told what waits."""
@@ -426,8 +427,9 @@ class JobRunner:
                         await self._take(running, event)
                 return
             except Exception as error:
-                failures += begun
-                if of_exception(error).status not in RETRIED or failures == MAX_FAILURES:
+                failure = of_exception(error)
+                failures += begun or failure.code == REPLICA_LOST
+                if failure.status not in RETRIED or failures == MAX_FAILURES:
                     raise
                 await asyncio.sleep(RETRY_S)
 

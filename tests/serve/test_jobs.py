@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import RayActorError
 
 from instantbooth.errors import EngineError, MissingObjectError, OverloadedError
 from serve.bodies import EditForm
@@ -24,6 +25,7 @@ from serve.limits import Turns
 from serve.messages import Begun, Event, Picture, Step, Work
 from serve.records import new_id
 from serve.schemas import GenerationBody
+from serve.stages import MAX_LOSSES
 from tests.serve.scripted import BEGUN, STEPS, Diffusion, Local, Script, denoised, endless
 
 
@@ -179,6 +181,20 @@ def test_a_job_that_fails_whenever_it_is_begun_ends(
         assert len(works(jobs)) == MAX_FAILURES
         assert (job.status, job.error_status, job.step) == ("failed", 503, 2)
         assert [event.step for event in events if isinstance(event, Step)] == [1, 2], "each is told once"
+
+    asyncio.run(run())
+
+
+def test_a_job_that_ends_its_replicas_before_it_is_begun_ends_too(
+    runner: Callable[..., JobRunner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve.jobs.RETRY_S", 0.001)
+    monkeypatch.setattr("serve.stages.PAUSE_S", 0)
+
+    async def run() -> None:
+        jobs = runner(raising(RayActorError(), 0))
+        job = await jobs.wait("ada", (await submitted(jobs, deadline_s=20)).id)
+        assert (job.error_status, len(works(jobs))) == (503, MAX_FAILURES * MAX_LOSSES)
 
     asyncio.run(run())
 
