@@ -525,4 +525,5 @@ class JobRunner:
 
 def cancelled(job_id: str) -> ApiError:
     """What those learn who wait for a cancelled job."""
-    return ApiError(409, "cancelled", f"job {job_id} was cancelled; submit it again")
+    message = f"job {job_id} was cancelled; submit it again, with a new Idempotency-Key where it had one"
+    return ApiError(409, "cancelled", message)

@@ -182,6 +182,20 @@ def test_the_events_of_a_job_go_on_where_the_replica_of_the_jobs_was_lost(run: C
     run(test, held)
 
 
+def test_a_cancelled_call_says_how_it_is_made_again(run: Callable[..., None]) -> None:
+    async def test(endpoint: Endpoint) -> None:
+        call = asyncio.ensure_future(endpoint.post(GENERATIONS, "k"))
+        await until(lambda: bool(endpoint.diffusion.works))
+        (job,) = (await endpoint.client.get(JOBS)).json()["data"]
+        await endpoint.client.post(f"{JOBS}/{job['id']}/cancel")
+        for answer in (await call, await endpoint.post(GENERATIONS, "k")):
+            assert (answer.status_code, answer.json()["error"]["code"]) == (409, "cancelled")
+            assert "with a new Idempotency-Key" in answer.json()["error"]["message"]
+        assert (await endpoint.post(GENERATIONS, "another")).status_code == 200
+
+    run(test, endless, denoised)
+
+
 def test_an_edit_with_a_key_is_made_once(run: Callable[..., None], tmp_path: Path) -> None:
     async def test(endpoint: Endpoint) -> None:
         first, again = await endpoint.edit(b"photo", "k"), await endpoint.edit(b"photo", "k")
