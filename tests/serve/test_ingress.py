@@ -18,6 +18,7 @@ from serve.jobs import JobRunner
 from serve.keys import LOCAL
 from serve.messages import Encoded, Event, Picture, Upload, Work
 from tests.serve.scripted import BEGUN, STEPS, Diffusion, Local, Script, denoised, endless
+from tests.serve.test_fetch import photo_host
 
 CONCEPT = Encoded(data=b"tensors", digest="", num_images=1)
 GENERATIONS, EDITS, JOBS = (f"/v1/images/{name}" for name in ("generations", "edits", "jobs"))
@@ -212,6 +213,23 @@ def test_an_edit_with_a_key_is_made_once(run: Callable[..., None], tmp_path: Pat
     run(test, denoised)
 
 
+def test_a_photo_is_fetched_from_a_named_host_and_from_no_other(
+    run: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(endpoint: Endpoint) -> None:
+        for path in ("/v1/concepts", EDITS):
+            fields = {"prompt": (None, "a {subject}")} if path == EDITS else {}
+            refused = await endpoint.client.post(path, files=fields | {"image_url": (None, "https://127.0.0.1/a.png")})
+            assert (refused.status_code, refused.json()["error"]["param"]) == (422, "image_url")
+            assert not endpoint.encoder.uploads
+            answer = await endpoint.client.post(path, files=fields | {"image_url": (None, url)})
+            assert answer.is_success, answer.text
+            assert endpoint.encoder.uploads.pop().images == (b"picture",)
+
+    with photo_host(b"HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\npicture", tmp_path, monkeypatch) as url:
+        run(test, denoised, image_hosts=["localhost"])
+
+
 def test_an_edit_is_refused_before_anything_is_encoded_and_has_its_own_deadline(run: Callable[..., None]) -> None:
     async def slowly(upload: Upload) -> Encoded:
         await asyncio.sleep(0.2)
@@ -290,6 +308,25 @@ def test_a_long_json_body_is_refused_before_it_has_arrived(run: Callable[..., No
         answer = await endpoint.client.post(GENERATIONS, content=spaces(), headers={"Content-Type": "application/json"})
         assert answer.status_code == 413
         assert sent <= limit + 20_000
+
+    run(test, denoised)
+
+
+def test_an_endpoint_without_a_warm_replica_is_alive_and_not_ready(
+    run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve.stages.READY_S", 0.05)
+
+    async def cold() -> None:
+        await asyncio.Event().wait()
+
+    async def test(endpoint: Endpoint) -> None:
+        assert (await endpoint.client.get("/readyz")).status_code == 200
+        endpoint.diffusion.describe = cold
+        answer = await endpoint.client.get("/readyz")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_ready")
+        assert answer.headers["Retry-After"]
+        assert (await endpoint.client.get("/healthz")).status_code == 200
 
     run(test, denoised)
 
