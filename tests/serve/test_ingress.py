@@ -17,6 +17,7 @@ from serve.config import ServeConfig
 from serve.jobs import JobRunner
 from serve.keys import LOCAL
 from serve.messages import Encoded, Event, Picture, Upload, Work
+from serve.schemas import ImageParameters
 from tests.serve.scripted import BEGUN, STEPS, Diffusion, Local, Script, denoised, endless
 from tests.serve.test_fetch import photo_host
 
@@ -272,6 +273,44 @@ def test_what_cannot_be_made_is_not_accepted_as_a_job(
             assert answer.status_code == status, answer.text
         assert (await endpoint.client.get(JOBS)).json()["data"] == []
         assert (await endpoint.post(JOBS)).status_code == 202
+
+    run(test, denoised)
+
+
+OPENAIS_OWN = {
+    "model": None,
+    "n": None,
+    "size": "auto",
+    "quality": "auto",
+    "background": "auto",
+    "moderation": "auto",
+    "style": "vivid",
+    "response_format": None,
+    "output_format": "png",
+    "output_compression": 100,
+    "stream": False,
+    "partial_images": 0,
+    "user": None,
+}
+
+
+def test_openais_own_defaults_and_nulls_are_taken_and_what_cannot_be_had_is_not(run: Callable[..., None]) -> None:
+    async def test(endpoint: Endpoint) -> None:
+        first = await endpoint.post(GENERATIONS, "k", seed=1, output_compression=100)
+        spelt = await endpoint.post(GENERATIONS, "k", seed=1, **OPENAIS_OWN)
+        assert (first.status_code, spelt.content) == (200, first.content), "it is the same request"
+        nulls = await endpoint.post(GENERATIONS, **dict.fromkeys(ImageParameters.model_fields.keys() - {"prompt"}))
+        assert nulls.status_code == 200
+        refused = {"quality": "hd", "background": "transparent", "moderation": "low", "style": "natural"}
+        for param, value in (refused | {"prompt": None, "stpes": None}).items():
+            answer = await endpoint.post(GENERATIONS, **{param: value})
+            assert (answer.status_code, answer.json()["error"]["param"]) == (422, param)
+        schema = (await endpoint.client.get("/openapi.json")).json()["paths"][GENERATIONS]["post"]["requestBody"]
+        fields = schema["content"]["application/json"]["schema"]["properties"]
+        assert [name for name, field in fields.items() if {"type": "null"} not in field.get("anyOf", [])] == [
+            "prompt",
+            "concept",
+        ]
 
     run(test, denoised)
 
