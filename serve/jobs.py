@@ -18,12 +18,14 @@ import asyncio
 import logging
 import secrets
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from typing import Any, Literal
+from weakref import WeakValueDictionary
 
 from pydantic import BaseModel, Field
 from ray.serve.handle import DeploymentHandle
@@ -200,7 +202,10 @@ class JobRunner:
         self._queued_rows = 0
         self._defaults: dict[str, float] | None = None
         self._recovered: asyncio.Task[None] | None = None
-        self._accepting = asyncio.Lock()
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        """By claim, or by job where there is none: nothing is accepted twice, or while it is deleted."""
+        self._accepting: Counter[tuple[str, bool]] = Counter()
+        """Jobs that are being accepted, by tenant and whether somebody waits."""
         self._kept: set[asyncio.Task[JobRecord]] = set()
 
     async def submit(self, tenant: str, order: Order) -> JobRecord:
@@ -315,13 +320,16 @@ class JobRunner:
 
     async def _submit(self, tenant: str, order: Order) -> JobRecord:
         await self._recover()
-        async with self._accepting:
+        async with self._lock(order.key.id if order.key else order.job_id):
             if order.key is not None:
                 return await self.find(tenant, order.key) or await self._claim(tenant, order, order.key)
             try:
                 return await self.get(tenant, order.job_id)
             except ApiError:
                 return await self._accept(tenant, order)
+
+    def _lock(self, name: str) -> asyncio.Lock:
+        return self._locks.setdefault(name, asyncio.Lock())
 
     async def _claim(self, tenant: str, order: Order, key: Key) -> JobRecord:
         expires_at = int(time.time()) + self.config.job_ttl_s
@@ -346,8 +354,9 @@ class JobRunner:
 
     async def _accept(self, tenant: str, order: Order) -> JobRecord:
         body, waited_for = order.body, order.waited_for
-        unfinished = sum(
-            running.tenant == tenant and running.record.waited_for == waited_for for running in self._running.values()
+        kind = (tenant, waited_for)
+        unfinished = self._accepting[kind] + sum(
+            kind == (running.tenant, running.record.waited_for) for running in self._running.values()
         )
         if unfinished >= self.config.max_jobs:
             raise ApiError(429, "too_many_jobs", f"{unfinished} jobs are unfinished, the limit; wait for some to end")
@@ -364,7 +373,11 @@ class JobRunner:
             due_at=None if deadline_s is None else now + deadline_s,
             claim_id=order.key and order.key.id,
         )
-        await asyncio.to_thread(self._write, tenant, record, order.concept)
+        self._accepting[kind] += 1
+        try:
+            await asyncio.to_thread(self._write, tenant, record, order.concept)
+        finally:
+            self._accepting[kind] -= 1
         self._start(tenant, record)
         return record
 
@@ -508,7 +521,7 @@ class JobRunner:
                 await asyncio.to_thread(self.concepts.delete_expired)
                 ended = await asyncio.to_thread(lambda: list(self.records.expired(self.config.job_ttl_s)))
                 for tenant, job in ended:
-                    async with self._accepting:
+                    async with self._lock(job.claim_id or job.id):
                         await asyncio.to_thread(self._delete, tenant, job)
                 ages = {"file": self.config.url_ttl_s, "job": self.config.job_ttl_s}
                 await asyncio.to_thread(self.pictures.delete_older, ages)
