@@ -17,6 +17,7 @@ import openai
 import pytest
 import requests
 from PIL import Image
+from ray import serve
 
 from instantbooth import Personalizer
 from instantbooth.images import read_png_metadata
@@ -81,7 +82,16 @@ def test_the_openai_client_works_unchanged(server: Server, concept: str) -> None
     assert [model.id for model in client.models.list()] == ["instantbooth"]
     extra = {"concept": concept, "num_inference_steps": 4, "seed": 1}
     answer = client.images.generate(
-        model="instantbooth", prompt=PROMPT, size="32x32", response_format="url", output_format="webp", extra_body=extra
+        model="instantbooth",
+        prompt=PROMPT,
+        n=None,
+        size="32x32",
+        quality="auto",
+        background="auto",
+        moderation="auto",
+        response_format="url",
+        output_format="webp",
+        extra_body=extra,
     )
     assert answer.data is not None
     picture = requests.get(str(answer.data[0].url), timeout=10)
@@ -355,3 +365,14 @@ def test_a_url_is_good_for_its_picture_alone(server: Server, concept: str) -> No
         url.partition("?")[0],
     ):
         assert requests.get(wrong, timeout=10).status_code == 401
+
+
+def test_what_is_under_way_is_finished_when_the_endpoint_is_taken_down(server: Server, concept: str) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(generated, server.ada, concept, **LONG | {"n": 2})
+        wait_until(lambda: metric(server, "instantbooth_queued_work_rows") > 0)
+        serve.delete("default")
+        answer = call.result()
+    assert answer.status_code == 200, answer.text
+    assert len(answer.json()["data"]) == 2
+    assert requests.get(f"{server.url}/healthz", timeout=10).status_code == 404
