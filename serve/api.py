@@ -7,8 +7,8 @@ import logging
 import secrets
 import time
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import AbstractContextManager, ExitStack, aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import AbstractContextManager, ExitStack, aclosing, asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -24,7 +24,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from instantbooth.parameters import RANGES
-from instantbooth.prompts import CLASS_NOUNS, SUBJECT_FIELD
+from instantbooth.prompts import CLASS_NOUNS
 from instantbooth.storage import open_store
 from serve.asgi import BodyLimit, Envelope, Errors, Keys, answer
 from serve.bodies import (
@@ -164,7 +164,8 @@ class Api:
     async def generate(self, request: Request) -> Response:
         """Pictures of a concept, in one answer or as events."""
         tenant, text = request.state.tenant, idempotency_key(request)
-        body = await read_json(request, GenerationBody)
+        async with self._arriving():
+            body = await read_json(request, GenerationBody)
         if text is not None:
             return await self._generate_once(request, body, Key.of(tenant, text, body))
         # Refused before the store is asked for anything.
@@ -208,7 +209,8 @@ class Api:
     async def create_job(self, request: Request) -> Response:
         """Accepts a generation that runs by itself."""
         tenant, text = request.state.tenant, idempotency_key(request)
-        body = await read_json(request, GenerationBody)
+        async with self._arriving():
+            body = await read_json(request, GenerationBody)
         if body.stream:
             raise ApiError(422, "invalid_value", "stream: a job has its own events; leave it out", "stream")
         key = None if text is None else Key.of(tenant, text, body)
@@ -286,12 +288,17 @@ class Api:
         return self._model
 
     async def _form(self, request: Request, model: type[Any]) -> tuple[Any, Files]:
-        limits = {"max_files": MAX_REFERENCES, "max_bytes": self.config.max_image_bytes}
+        async with self._arriving():
+            return await read_form(request, model, max_files=MAX_REFERENCES, max_bytes=self.config.max_image_bytes)
+
+    @asynccontextmanager
+    async def _arriving(self) -> AsyncIterator[None]:
+        """While a body is read. ApiError 408 where it does not arrive in time."""
         try:
             async with asyncio.timeout(self.config.upload_s):
-                return await read_form(request, model, **limits)
+                yield
         except TimeoutError:
-            message = f"the upload took more than {self.config.upload_s:g} s; send fewer or smaller files"
+            message = f"the body took more than {self.config.upload_s:g} s to arrive; send less of it, or faster"
             raise ApiError(408, "upload_timeout", message) from None
 
     async def _encoded(self, files: Files, class_noun: str, deadline_s: float) -> Encoded:
@@ -338,9 +345,10 @@ class Api:
                 rule = f"sides must be multiples of {limits.size_step} up to {limits.max_side}"
                 raise ApiError(422, "invalid_value", f"size: {rule}, is {body.size}; see /v1/models", "size")
         # A word is a token at least; the replica counts them.
-        if len(body.prompt.partition(SUBJECT_FIELD)[0].split()) >= limits.max_prompt_tokens:
-            rule = f"the text encoder reads {limits.max_prompt_tokens} tokens"
-            raise ApiError(422, "invalid_value", f"prompt: {rule}; name the subject earlier", "prompt")
+        for name, text in (("prompt", body.prompt), ("negative_prompt", body.negative_prompt or "")):
+            if (words := len(text.split())) > limits.max_prompt_tokens:
+                rule = f"the text encoder reads {limits.max_prompt_tokens} tokens, and this has {words} words"
+                raise ApiError(422, "invalid_value", f"{name}: {rule}; shorten it", name)
 
     async def _generate_once(self, request: Request, body: GenerationBody, key: Key) -> Response:
         """The call with this key, made or repeated. A repeated one needs no place, and no concept either."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from instantbooth.model.loading import Precision
 from instantbooth.presets import tracking_uri
+from serve.schemas import MAX_IMAGES
 
 TENANT = r"[a-z0-9][a-z0-9-]{0,39}"
 HASH = r"[0-9a-f]{64}"
@@ -25,8 +27,7 @@ class ServeConfig(BaseModel):
     weights: str | None = None
     """Weights folder, or a registered one such as models:/instantbooth@champion; the preset's if none is given."""
     precision: Precision = "fp32"
-    """In which numbers the model computes. On GPUs bf16 is twice as fast or more; its concepts are its own: a change
-    makes those of before unusable."""
+    """In which numbers the model computes. On GPUs bf16 is twice as fast or more. A concept is good in any of them."""
     tracking_uri: str = Field(default_factory=tracking_uri)
     """MLflow, for models:/ URIs. By default MLFLOW_TRACKING_URI."""
     store: str = "out/serve"
@@ -47,31 +48,32 @@ class ServeConfig(BaseModel):
     deadline_s: float = Field(default=120.0, gt=0)
     """Seconds that a generation may take where the client says nothing."""
 
-    row_budget: int | None = None
+    row_budget: int | None = Field(default=None, ge=1)
     """U-Net rows in a step; None measures the knees of several sizes at start."""
-    max_row_budget: int = 32
+    max_row_budget: int = Field(default=32, ge=1)
     """Largest number tried when measuring."""
     compile: bool = False
     """Whether diffusion replicas compile the U-Net, for the model's own size and every shape of its padded batches,
     before they are ready. Steps then take less time on GPUs, and a replica's start minutes."""
-    max_requests: int = Field(default=256, ge=1)
-    """Pictures that a diffusion replica holds, waiting ones included; beyond them the answer is 429."""
+    max_requests: int = Field(default=256, ge=MAX_IMAGES)
+    """Pictures that a diffusion replica holds, waiting ones included; beyond them the answer is 429. No fewer than one
+    call may ask for."""
     max_pending_images: int = Field(default=32, ge=1)
     """Pictures that an ingress replica waits for; beyond them the answer is 429."""
     max_pending_uploads: int = Field(default=16, ge=1)
     """Uploads that an ingress replica waits for, and their encoding."""
     upload_s: float = Field(default=60.0, gt=0)
-    """Seconds that the files of a call may take to arrive."""
+    """Seconds that the body of a call may take to arrive."""
     jobs_at_once: int = Field(default=4, ge=1)
     """Jobs that nobody waits for, denoised at a time for each diffusion replica; their tenants take turns."""
     max_jobs: int = Field(default=200, ge=1)
     """Unfinished jobs of a tenant, and as many calls with an Idempotency-Key."""
 
-    max_body_bytes: int = 64_000_000
+    max_body_bytes: int = Field(default=64_000_000, ge=1)
     """Size of a request."""
-    max_image_bytes: int = 20_000_000
+    max_image_bytes: int = Field(default=20_000_000, ge=1)
     """Size of one uploaded picture."""
-    max_image_pixels: int = 50_000_000
+    max_image_pixels: int = Field(default=50_000_000, ge=1)
     """Width times height of one."""
     image_hosts: list[str] = []
     """Hosts from which image_url may fetch; none unless named."""
@@ -89,3 +91,10 @@ class ServeConfig(BaseModel):
             if not hashes or not all(re.fullmatch(HASH, each) for each in hashes):
                 raise ValueError(f"{tenant} needs SHA-256 hashes of 64 digits; make them with python -m serve.keys")
         return value
+
+    @model_validator(mode="after")
+    def _ttl(self) -> Self:
+        if self.concept_ttl_s > self.max_concept_ttl_s:
+            rule = f"concept_ttl_s must be at most max_concept_ttl_s ({self.max_concept_ttl_s})"
+            raise ValueError(f"{rule}, is {self.concept_ttl_s}; lower it")
+        return self

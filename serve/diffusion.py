@@ -23,6 +23,7 @@ from instantbooth.storage import open_store
 from serve.cache import ConceptCache
 from serve.concepts import ConceptStore
 from serve.config import ServeConfig
+from serve.errors import ApiError
 from serve.messages import Begun, Event, Picture, Step, Work
 from serve.metrics import Snapshot, StageMetrics, engine_metrics
 from serve.model import load, warm_up
@@ -61,8 +62,9 @@ class DiffusionEngine:
     async def generate(self, work: Work) -> AsyncIterator[Event]:
         """Begun, then steps where they are wanted, and pictures in the order they are finished.
 
-        Raises ApiError 404 for a concept that is gone, InputError and ConceptError before anything is denoised,
-        OverloadedError and DeadlineError. A caller that leaves takes its rows out of the next step.
+        Raises ApiError 404 for a concept that is gone and 422 for a text that the text encoder does not read to its
+        end, InputError and ConceptError before anything is denoised, OverloadedError and DeadlineError. A caller that
+        leaves takes its rows out of the next step.
         """
         concept, hit = await asyncio.to_thread(self._concept, work)
         requests = await asyncio.to_thread(self._requests, work, concept)
@@ -89,7 +91,7 @@ class DiffusionEngine:
             "weights": self.weights,
             "image_size": base.image_size,
             "size_step": base.size_step,
-            "max_prompt_tokens": base.tokenizer.model_max_length - 2,
+            "max_prompt_tokens": self._max_prompt_tokens,
             "defaults": {name: getattr(defaults, name) for name in Parameters.model_fields if hasattr(defaults, name)},
         }
 
@@ -126,8 +128,13 @@ class DiffusionEngine:
         assert work.concept_id is not None
         return self.concepts.get(work.tenant, work.concept_id)
 
+    @property
+    def _max_prompt_tokens(self) -> int:
+        # Two more mark a text's beginning and end.
+        return self.booth.base.tokenizer.model_max_length - 2
+
     def _requests(self, work: Work, concept: Concept) -> list[Request]:
-        return self.booth.requests(
+        requests = self.booth.requests(
             work.prompt,
             concept,
             num_images_per_prompt=work.n,
@@ -136,6 +143,15 @@ class DiffusionEngine:
             seed=work.seed,
             **work.parameters,
         )
+        for name in ("prompt", "negative_prompt"):
+            self._check_length(name, getattr(requests[0], name))
+        return requests
+
+    def _check_length(self, name: str, text: str) -> None:
+        tokens = len(self.booth.base.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        if tokens > self._max_prompt_tokens:
+            rule = f"the text encoder reads {self._max_prompt_tokens} tokens, and this has {tokens}; shorten it"
+            raise ApiError(422, "invalid_value", f"{name}: {rule}", name)
 
     def _begun(self, work: Work, request: Request, hit: bool) -> Begun:
         return Begun(

@@ -18,12 +18,14 @@ import asyncio
 import logging
 import secrets
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from typing import Any, Literal
+from weakref import WeakValueDictionary
 
 from pydantic import BaseModel, Field
 from ray.serve.handle import DeploymentHandle
@@ -40,14 +42,15 @@ from serve.metrics import Snapshot, StageMetrics, queue_metrics
 from serve.pictures import PictureStore
 from serve.records import Expiring, Records
 from serve.schemas import ErrorObject, GenerationBody, ImageParameters
-from serve.stages import Stages, ask_all
+from serve.stages import REPLICA_LOST, Stages, ask_all
 
 logger = logging.getLogger("ray.serve")
 
 RETRIED = (429, 503)
 """Answers of a stage that may be another the next time."""
 MAX_FAILURES = 5
-"""So often is a job begun that fails with one of them; before it is begun it may be refused as often as it takes."""
+"""So often is a job begun that fails with one of them, or that its replicas are lost on; before it is begun it may be
+refused as often as it takes."""
 RETRY_S = 1.0
 SHARE_OUT_S = 2.0
 """How often the diffusion replicas are counted, and told what waits."""
@@ -199,7 +202,10 @@ class JobRunner:
         self._queued_rows = 0
         self._defaults: dict[str, float] | None = None
         self._recovered: asyncio.Task[None] | None = None
-        self._accepting = asyncio.Lock()
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        """By claim, or by job where there is none: nothing is accepted twice, or while it is deleted."""
+        self._accepting: Counter[tuple[str, bool]] = Counter()
+        """Jobs that are being accepted, by tenant and whether somebody waits."""
         self._kept: set[asyncio.Task[JobRecord]] = set()
 
     async def submit(self, tenant: str, order: Order) -> JobRecord:
@@ -314,13 +320,16 @@ class JobRunner:
 
     async def _submit(self, tenant: str, order: Order) -> JobRecord:
         await self._recover()
-        async with self._accepting:
+        async with self._lock(order.key.id if order.key else order.job_id):
             if order.key is not None:
                 return await self.find(tenant, order.key) or await self._claim(tenant, order, order.key)
             try:
                 return await self.get(tenant, order.job_id)
             except ApiError:
                 return await self._accept(tenant, order)
+
+    def _lock(self, name: str) -> asyncio.Lock:
+        return self._locks.setdefault(name, asyncio.Lock())
 
     async def _claim(self, tenant: str, order: Order, key: Key) -> JobRecord:
         expires_at = int(time.time()) + self.config.job_ttl_s
@@ -345,8 +354,9 @@ class JobRunner:
 
     async def _accept(self, tenant: str, order: Order) -> JobRecord:
         body, waited_for = order.body, order.waited_for
-        unfinished = sum(
-            running.tenant == tenant and running.record.waited_for == waited_for for running in self._running.values()
+        kind = (tenant, waited_for)
+        unfinished = self._accepting[kind] + sum(
+            kind == (running.tenant, running.record.waited_for) for running in self._running.values()
         )
         if unfinished >= self.config.max_jobs:
             raise ApiError(429, "too_many_jobs", f"{unfinished} jobs are unfinished, the limit; wait for some to end")
@@ -363,7 +373,11 @@ class JobRunner:
             due_at=None if deadline_s is None else now + deadline_s,
             claim_id=order.key and order.key.id,
         )
-        await asyncio.to_thread(self._write, tenant, record, order.concept)
+        self._accepting[kind] += 1
+        try:
+            await asyncio.to_thread(self._write, tenant, record, order.concept)
+        finally:
+            self._accepting[kind] -= 1
         self._start(tenant, record)
         return record
 
@@ -426,8 +440,9 @@ class JobRunner:
                         await self._take(running, event)
                 return
             except Exception as error:
-                failures += begun
-                if of_exception(error).status not in RETRIED or failures == MAX_FAILURES:
+                failure = of_exception(error)
+                failures += begun or failure.code == REPLICA_LOST
+                if failure.status not in RETRIED or failures == MAX_FAILURES:
                     raise
                 await asyncio.sleep(RETRY_S)
 
@@ -506,7 +521,7 @@ class JobRunner:
                 await asyncio.to_thread(self.concepts.delete_expired)
                 ended = await asyncio.to_thread(lambda: list(self.records.expired(self.config.job_ttl_s)))
                 for tenant, job in ended:
-                    async with self._accepting:
+                    async with self._lock(job.claim_id or job.id):
                         await asyncio.to_thread(self._delete, tenant, job)
                 ages = {"file": self.config.url_ttl_s, "job": self.config.job_ttl_s}
                 await asyncio.to_thread(self.pictures.delete_older, ages)
@@ -523,4 +538,5 @@ class JobRunner:
 
 def cancelled(job_id: str) -> ApiError:
     """What those learn who wait for a cancelled job."""
-    return ApiError(409, "cancelled", f"job {job_id} was cancelled; submit it again")
+    message = f"job {job_id} was cancelled; submit it again, with a new Idempotency-Key where it had one"
+    return ApiError(409, "cancelled", message)

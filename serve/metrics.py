@@ -34,7 +34,10 @@ class StageMetrics:
             buckets=SECONDS,
         ).labels(stage)
         self.rejections = Counter(
-            "instantbooth_rejections", "Answers other than success, by their code", ["reason"], registry=self.registry
+            "instantbooth_rejections",
+            "Answers of the ingress other than success, by their code; those of the proxy before it are not counted",
+            ["reason"],
+            registry=self.registry,
         )
         self.cancellations = Counter(
             "instantbooth_cancellations", "Calls whose client went away", ["stage"], registry=self.registry

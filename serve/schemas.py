@@ -43,7 +43,7 @@ from __future__ import annotations
 import re
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from instantbooth.parameters import RANGES
 from instantbooth.prompts import MAX_PROMPT_CHARS, SUBJECT_FIELD
@@ -68,8 +68,24 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+def _neutral(default: str) -> Any:
+    # Not kept: with or without it the request is the same.
+    return Field(default=default, exclude=True, description="OpenAI's; there is nothing to choose here.")
+
+
+def _or_null(schema: dict[str, Any]) -> None:
+    """Tells OpenAPI that null stands for a default."""
+    for name, field in schema["properties"].items():
+        if field.get("default") is not None:
+            beside = {word: field.pop(word) for word in ("default", "description", "title") if word in field}
+            schema["properties"][name] = {"anyOf": [field, {"type": "null"}], **beside}
+
+
 class ImageParameters(Strict):
-    """How pictures are made, whatever of; null means the weights' own default, published at /v1/models."""
+    """How pictures are made, whatever of. Null stands for the default: the one told here, or the weights' own, which
+    /v1/models tells."""
+
+    model_config = ConfigDict(json_schema_extra=_or_null)
 
     prompt: str = Field(
         min_length=1,
@@ -100,6 +116,17 @@ class ImageParameters(Strict):
         default=None, gt=0, le=MAX_DEADLINE_S, description="Seconds after which the answer is 504."
     )
     user: str | None = Field(default=None, max_length=256, description="The caller's own; not looked at.")
+    quality: Literal["auto", "standard"] = _neutral("auto")
+    background: Literal["auto", "opaque"] = _neutral("auto")
+    moderation: Literal["auto"] = _neutral("auto")
+    style: Literal["vivid"] = _neutral("vivid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {name: each for name, each in value.items() if each is not None or name not in cls.model_fields}
 
     @field_validator("size")
     @classmethod
@@ -328,7 +355,7 @@ class Limits(BaseModel):
     max_steps: int = MAX_STEPS
     max_partial_images: int = MAX_PARTIAL_IMAGES
     max_prompt_chars: int = MAX_PROMPT_CHARS
-    max_prompt_tokens: int
+    max_prompt_tokens: int = Field(description="Of a prompt, its subject written out, or a negative one.")
     max_deadline_s: float = MAX_DEADLINE_S
     max_concept_ttl_s: int
     size_step: int = Field(description="Width and height are multiples of it.")

@@ -19,6 +19,8 @@ LOST = (RayActorError, WorkerCrashedError)
 """How a call ends whose replica died; every stage gives the same answer when asked again."""
 MAX_LOSSES = 8
 """Replicas lost on one call with no picture between, after which it fails: it may be what ends them."""
+REPLICA_LOST = "replica_lost"
+"""The code of that failure."""
 PAUSE_S = 0.25
 READY_S = 2.0
 """How long replicas may take to answer what they know without work."""
@@ -42,13 +44,18 @@ class Stages:
         self._generate = diffusion.options(stream=True).generate
 
     async def encode(self, upload: Upload, deadline_s: float) -> Encoded:
-        """The concept of an upload. Raises ImageError, ParameterError and TimeoutError."""
+        """The concept of an upload. Raises ImageError, ParameterError and TimeoutError.
+
+        Raises ApiError (503) where MAX_LOSSES replicas were lost on it.
+        """
+        losses = 0
         async with asyncio.timeout(deadline_s):
             while True:
                 try:
                     return await self.encoder.encode.remote(upload)
-                except LOST:
-                    await asyncio.sleep(PAUSE_S)
+                except LOST as lost:
+                    losses += 1
+                    await _pause_after(losses, lost)
 
     async def generate(self, work: Work) -> AsyncIterator[Event]:
         """What DiffusionEngine.generate yields, each picture once, though replicas come and go.
@@ -75,10 +82,7 @@ class Stages:
                 return
             except LOST as lost:
                 losses += 1
-                if losses == MAX_LOSSES:
-                    message = f"{losses} replicas were lost while they worked on this; ask for less, or try again later"
-                    raise ApiError(503, "replica_lost", message) from lost
-                await asyncio.sleep(PAUSE_S)
+                await _pause_after(losses, lost)
 
     async def _attempt(self, work: Work, left: float | None) -> AsyncIterator[Event]:
         """One replica's events; it is told to stop where the caller does."""
@@ -106,3 +110,11 @@ class Stages:
         async with asyncio.timeout(READY_S):
             described: dict[str, Any] = await self.diffusion.describe.remote()
             return described
+
+
+async def _pause_after(losses: int, lost: Exception) -> None:
+    """Before a call is made again. Raises ApiError (503) after MAX_LOSSES."""
+    if losses == MAX_LOSSES:
+        message = f"{losses} replicas were lost while they worked on this; ask for less, or try again later"
+        raise ApiError(503, REPLICA_LOST, message) from lost
+    await asyncio.sleep(PAUSE_S)

@@ -56,6 +56,10 @@ class AutoscalingBenchmark:
                 f"seconds, peak and rows_per_replica must be above 0 and max_replicas at least 2, are {self.seconds}, "
                 f"{self.peak}, {self.rows_per_replica} and {self.max_replicas}; correct them"
             )
+        if next(self.arrivals(), None) is None:
+            raise ParameterError(
+                f"no picture is asked for in seconds={self.seconds} with a peak of {self.peak}; raise one of them"
+            )
 
     def rate(self, second: float) -> float:
         """Pictures asked for in a second, at that second: a triangle."""
@@ -189,10 +193,7 @@ def _summary(options: AutoscalingBenchmark, looks: list[Look], answers: list[Ans
         "rows_by_replica": _rows(looks),
         "more_than_one_between_s": [round(second, 1) for second in (scaled[0], scaled[-1])] if scaled else None,
         "most_queued_rows": max(look.queued_rows for look in looks),
-        "latency_s": {
-            "median": round(statistics.median(waited), 2),
-            "most": round(max(waited), 2),
-        },
+        "latency_s": {"median": round(statistics.median(waited), 2), "most": round(max(waited), 2)} if waited else None,
         "options": {name: value for name, value in asdict(options).items() if name not in ("output", "port")},
     }
 

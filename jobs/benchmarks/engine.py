@@ -25,7 +25,7 @@ from instantbooth.errors import ParameterError
 from jobs import cli
 from jobs.benchmarks.arrivals import Submit, at_once, poisson, replay
 from jobs.benchmarks.delays import delays
-from jobs.benchmarks.engine_peak import against_one_request, share_of_peak
+from jobs.benchmarks.engine_peak import ONE_REQUEST, against_one_request, share_of_peak
 from jobs.benchmarks.engine_plot import plot
 from jobs.benchmarks.fixed_batches import FixedBatches
 from jobs.benchmarks.full_size import write_full_size
@@ -108,7 +108,8 @@ def goals_of(result: Mapping[str, Any]) -> dict[str, Goal]:
 
 def _measure(booth: Personalizer, options: EngineBenchmark) -> dict[str, Any]:
     workload = Workload(booth, options.seed)
-    seconds = measure_steps(booth, max_rows=options.max_rows, repeats=options.repeats, patience_s=PATIENCE_S)
+    measured = {"repeats": options.repeats, "patience_s": PATIENCE_S, "least_rows": ONE_REQUEST}
+    seconds = measure_steps(booth, max_rows=options.max_rows, **measured)
     row_budget = knee(seconds)
     full_size = {}
     if options.full_size:
@@ -133,7 +134,7 @@ def _curve(seconds: Mapping[int, float], row_budget: int) -> dict[str, object]:
         "milliseconds": {rows: round(1000 * each, 1) for rows, each in seconds.items()},
         "rows_per_second": {rows: round(rate, 1) for rows, rate in rates.items()},
         "knee_rows": row_budget,
-        "knee_over_one_guided_request": round(rates[row_budget] / rates[2], 3),
+        "knee_over_one_guided_request": round(rates[row_budget] / rates[ONE_REQUEST], 3),
         "best_over_knee": round(max(rates.values()) / rates[row_budget], 3),
     }
 

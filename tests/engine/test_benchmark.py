@@ -19,7 +19,7 @@ from instantbooth.engine.knee import TYPICAL_REFERENCES, measure_steps, typical_
 from instantbooth.model.flops import flops_of
 from instantbooth.model.personalizer import Request
 from jobs.benchmarks.arrivals import Picture, poisson, replay
-from jobs.benchmarks.engine import REQUEST_LEVEL, STEP_LEVEL, _identical, goals_of
+from jobs.benchmarks.engine import REQUEST_LEVEL, STEP_LEVEL, EngineBenchmark, _identical, _measure, goals_of
 from jobs.benchmarks.engine_peak import against_one_request, flops_of_step, share_of_peak
 from jobs.benchmarks.fixed_batches import FixedBatches
 from jobs.benchmarks.goals import at_least, at_most, conclude
@@ -126,6 +126,15 @@ def test_the_engine_is_compared_with_the_best_of_several_static_batches(
     best = max(static, key=static.__getitem__)
     assert best == f"static batch of {result['requests_in_best_static_batch']}"
     assert result["step_level_over_best_static_batch"] == pytest.approx(rates[STEP_LEVEL] / static[best], abs=0.01)
+
+
+def test_a_machine_too_slow_for_the_curve_measures_one_guided_request_all_the_same(
+    booth: Personalizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.benchmarks.engine.PATIENCE_S", 0)
+    result = _measure(booth, EngineBenchmark(requests=2, min_steps=2, max_steps=2, repeats=2, trials=2))
+    assert set(result["steps"]["milliseconds"]) == {1, 2}
+    assert len(goals_of(result)) == 2
 
 
 def test_the_engine_is_held_to_its_goals() -> None:

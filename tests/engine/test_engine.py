@@ -10,6 +10,7 @@ from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
+from functools import partial
 from threading import Event
 
 import numpy as np
@@ -19,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from instantbooth import Concept, Personalizer
-from instantbooth.engine import Engine, EngineConfig
+from instantbooth.engine import Engine, EngineConfig, Progress
 from instantbooth.engine.concepts import KeysValuesCache, size_of
 from instantbooth.engine.knee import RowBudgets, measure_budgets
 from instantbooth.errors import DeadlineError, EngineError, OverloadedError, ParameterError, PictureError
@@ -263,6 +264,53 @@ def test_progress_and_previews_arrive_in_order(booth: Personalizer, concepts: li
     assert all(preview.size == (32, 32) for preview in previews.values())
     assert previews[20].tobytes() != previews[40].tobytes()
     assert ticket.result(0).size == (32, 32)
+
+
+def test_pictures_that_step_together_each_have_their_previews(
+    booth: Personalizer, concepts: list[Concept], engine: Engine
+) -> None:
+    previews: list[list[int]] = [[], [], []]
+
+    def listen(number: int, progress: Progress) -> None:
+        if progress.preview is not None:
+            previews[number].append(progress.step)
+
+    for number in range(3):
+        long = request(booth, concepts[number], num_inference_steps=LONG)
+        engine.submit(long, previews=9, listener=partial(listen, number))
+    wait_until(lambda: all(len(seen) >= 2 for seen in previews))
+    assert [seen[:2] for seen in previews] == [[40, 80]] * 3
+
+
+def test_a_picture_goes_before_previews_and_those_of_a_cancelled_one_are_not_made(
+    booth: Personalizer, concepts: list[Concept]
+) -> None:
+    released, decoding, decoded, seen = Event(), Event(), [], []
+
+    def wait(rows: int) -> None:
+        decoded.append(rows)
+        decoding.set()
+        assert released.wait(20)
+
+    def listen(progress: Progress) -> None:
+        if progress.preview is not None:
+            seen.append(progress.step)
+
+    long = request(booth, concepts[0], num_inference_steps=LONG, guidance_scale=1.0)
+    with before(booth.base.vae.decoder, wait), Engine(booth, EngineConfig(row_budget=8)) as engine:
+        first = engine.submit(long, previews=9)
+        assert decoding.wait(20)
+        first.cancel()
+        unwanted, shown = engine.submit(long, previews=1), engine.submit(long, previews=1, listener=listen)
+        wait_until(lambda: all(each.row and each.row.step > LONG // 2 for each in (unwanted, shown)))
+        picture = engine.submit(request(booth, concepts[1], num_inference_steps=1))
+        wait_until(lambda: engine.stats().undecoded == 1)
+        unwanted.cancel()
+        released.set()
+        assert picture.result(20)
+        wait_until(lambda: bool(seen))
+        shown.cancel()
+    assert (decoded, seen) == ([1, 1, 1], [LONG // 2])
 
 
 def test_a_listener_is_told_instead(booth: Personalizer, concepts: list[Concept], engine: Engine) -> None:

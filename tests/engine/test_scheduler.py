@@ -76,6 +76,21 @@ def test_a_size_that_was_absent_does_not_catch_up_at_the_others_cost() -> None:
     assert Counter(turns) == {SIZES[0]: 5, SIZES[1]: 5}
 
 
+def test_what_a_size_used_before_an_idle_moment_is_forgotten() -> None:
+    scheduler: Scheduler[Waiting] = Scheduler(lambda size, requests, rows: rows <= 4)
+    first, second = (Waiting(size, 1, (0.0, number)) for number, size in enumerate(SIZES[:2]))
+    scheduler.add(first)
+    scheduler.charge(first.size, 100.0)
+    scheduler.remove(first)
+    scheduler.add(second)
+    scheduler.add(first)
+    turns = []
+    for _ in range(10):
+        turns.append(scheduler.choose()[0].size)
+        scheduler.charge(turns[-1], 1.0)
+    assert Counter(turns) == {SIZES[0]: 5, SIZES[1]: 5}
+
+
 def test_who_may_not_step_is_passed_over() -> None:
     scheduler: Scheduler[Waiting] = Scheduler(lambda size, requests, rows: rows <= 4)
     first, second = Waiting(SIZES[0], 1, (0.0, 0)), Waiting(SIZES[1], 1, (1.0, 1))

@@ -7,12 +7,15 @@ import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import requests
 
 from tests.tiny import portrait, tiny_booth
+
+if TYPE_CHECKING:
+    from ray.serve import Application
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +64,10 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="package")
-def server(ray_session: None, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def deployed(
+    ray_session: None, tiny: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Server, Application]]:
+    """The endpoint, and what it is an application of."""
     from ray import serve
 
     from serve.app import build
@@ -88,18 +94,31 @@ def server(ray_session: None, tiny: Path, tmp_path_factory: pytest.TempPathFacto
     )
     port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port})
-    serve.run(build(config))
+    application = build(config)
+    serve.run(application)
     url = f"http://127.0.0.1:{port}"
-    yield Server(
+    server = Server(
         url=url,
         store=folder / "store",
         ada=Client(url=url, key=ada[0]),
         bob=Client(url=url, key=bob[0]),
     )
+    yield server, application
     serve.shutdown()
 
 
+@pytest.fixture
+def server(deployed: tuple[Server, Application]) -> Server:
+    """The endpoint, up again where a test took it down."""
+    from ray import serve
+
+    server, application = deployed
+    if not serve.status().applications:
+        serve.run(application)
+    return server
+
+
 @pytest.fixture(scope="package")
-def concept(server: Server) -> str:
+def concept(deployed: tuple[Server, Application]) -> str:
     """A concept of ada's."""
-    return server.ada.new_concept()
+    return deployed[0].ada.new_concept()

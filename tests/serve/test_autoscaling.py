@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 
 from instantbooth.errors import ParameterError
-from jobs.benchmarks.autoscaling import AutoscalingBenchmark
+from jobs.benchmarks.autoscaling import Answer, AutoscalingBenchmark, Look, _summary
 
 
 def test_the_load_rises_falls_and_ends() -> None:
@@ -24,3 +24,14 @@ def test_the_load_rises_falls_and_ends() -> None:
 def test_a_load_that_shows_nothing_is_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ParameterError, match="max_replicas at least 2"):
         AutoscalingBenchmark(**wrong)
+
+
+def test_a_load_without_arrivals_is_refused() -> None:
+    with pytest.raises(ParameterError, match="no picture is asked for"):
+        AutoscalingBenchmark(seconds=5, peak=0.4)
+
+
+def test_where_nothing_succeeded_there_is_no_latency() -> None:
+    looks = [Look(second=1.0, replicas=1, queued_rows=0.0, rows={})]
+    summary = _summary(AutoscalingBenchmark(), looks, [Answer(second=0.5, waited=0.1, status=503)])
+    assert (summary["statuses"], summary["latency_s"]) == ({503: 1}, None)

@@ -117,6 +117,27 @@ def test_keys_and_values_leave_the_replica_with_their_concept(stage: DiffusionEn
     assert cached.bytes == before
 
 
+@pytest.mark.parametrize("param", ["prompt", "negative_prompt"])
+def test_a_text_is_refused_where_the_text_encoder_does_not_read_all_of_it(
+    stage: DiffusionEngine, concepts: list[Concept], param: str
+) -> None:
+    limit = asyncio.run(stage.describe())["max_prompt_tokens"]
+
+    async def make(tokens: int) -> None:
+        work = a_work(concept=concepts[0].to_bytes())
+        if param == "prompt":
+            work = replace(work, prompt="{subject}" + " cat" * (tokens - 2))
+        else:
+            work = replace(work, parameters=work.parameters | {param: " cat" * tokens})
+        async for _ in stage.generate(work):
+            pass
+
+    asyncio.run(make(limit))
+    with pytest.raises(ApiError, match=f"reads {limit} tokens, and this has {limit + 1}") as refused:
+        asyncio.run(make(limit + 1))
+    assert (refused.value.status, refused.value.param) == (422, param)
+
+
 def test_a_failure_is_no_cancellation_and_a_caller_who_leaves_is(
     stage: DiffusionEngine, concepts: list[Concept]
 ) -> None:

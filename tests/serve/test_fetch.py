@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import socketserver
 import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from threading import Thread
@@ -36,12 +38,25 @@ def test_only_named_hosts_are_asked_for_pictures(url: str) -> None:
 
 @pytest.mark.parametrize("answer", [b"HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\npicture", b"gibberish\r\n"])
 def test_a_named_host_is_asked(answer: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with photo_host(answer, tmp_path, monkeypatch) as url:
+        if answer.startswith(b"HTTP"):
+            assert fetch(url, ["localhost"], 100) == b"picture"
+            with pytest.raises(ApiError, match="over 3 bytes"):
+                fetch(url, ["localhost"], 3)
+        else:
+            with pytest.raises(ApiError, match="cannot be had"):
+                fetch(url, ["localhost"], 100)
+
+
+@contextmanager
+def photo_host(answer: bytes, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The url of a photo on an HTTPS server that this process trusts and that answers so."""
     key, certificate = certificate_for_localhost()
-    (tmp_path / "both.pem").write_bytes(key + certificate)
-    (tmp_path / "certificate.pem").write_bytes(certificate)
-    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "certificate.pem"))
+    (folder / "both.pem").write_bytes(key + certificate)
+    (folder / "certificate.pem").write_bytes(certificate)
+    monkeypatch.setenv("SSL_CERT_FILE", str(folder / "certificate.pem"))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(tmp_path / "both.pem")
+    context.load_cert_chain(folder / "both.pem")
 
     class Handler(socketserver.StreamRequestHandler):
         def handle(self) -> None:
@@ -51,15 +66,8 @@ def test_a_named_host_is_asked(answer: bytes, tmp_path: Path, monkeypatch: pytes
     with socketserver.TCPServer(("127.0.0.1", 0), Handler) as server:
         server.socket = context.wrap_socket(server.socket, server_side=True)
         Thread(target=server.serve_forever, daemon=True).start()
-        url = f"https://localhost:{server.server_address[1]}/photo.png"
         try:
-            if answer.startswith(b"HTTP"):
-                assert fetch(url, ["localhost"], 100) == b"picture"
-                with pytest.raises(ApiError, match="over 3 bytes"):
-                    fetch(url, ["localhost"], 3)
-            else:
-                with pytest.raises(ApiError, match="cannot be had"):
-                    fetch(url, ["localhost"], 100)
+            yield f"https://localhost:{server.server_address[1]}/photo.png"
         finally:
             server.shutdown()
 

@@ -17,7 +17,9 @@ from serve.config import ServeConfig
 from serve.jobs import JobRunner
 from serve.keys import LOCAL
 from serve.messages import Encoded, Event, Picture, Upload, Work
+from serve.schemas import ImageParameters
 from tests.serve.scripted import BEGUN, STEPS, Diffusion, Local, Script, denoised, endless
+from tests.serve.test_fetch import photo_host
 
 CONCEPT = Encoded(data=b"tensors", digest="", num_images=1)
 GENERATIONS, EDITS, JOBS = (f"/v1/images/{name}" for name in ("generations", "edits", "jobs"))
@@ -182,6 +184,20 @@ def test_the_events_of_a_job_go_on_where_the_replica_of_the_jobs_was_lost(run: C
     run(test, held)
 
 
+def test_a_cancelled_call_says_how_it_is_made_again(run: Callable[..., None]) -> None:
+    async def test(endpoint: Endpoint) -> None:
+        call = asyncio.ensure_future(endpoint.post(GENERATIONS, "k"))
+        await until(lambda: bool(endpoint.diffusion.works))
+        (job,) = (await endpoint.client.get(JOBS)).json()["data"]
+        await endpoint.client.post(f"{JOBS}/{job['id']}/cancel")
+        for answer in (await call, await endpoint.post(GENERATIONS, "k")):
+            assert (answer.status_code, answer.json()["error"]["code"]) == (409, "cancelled")
+            assert "with a new Idempotency-Key" in answer.json()["error"]["message"]
+        assert (await endpoint.post(GENERATIONS, "another")).status_code == 200
+
+    run(test, endless, denoised)
+
+
 def test_an_edit_with_a_key_is_made_once(run: Callable[..., None], tmp_path: Path) -> None:
     async def test(endpoint: Endpoint) -> None:
         first, again = await endpoint.edit(b"photo", "k"), await endpoint.edit(b"photo", "k")
@@ -196,6 +212,23 @@ def test_an_edit_with_a_key_is_made_once(run: Callable[..., None], tmp_path: Pat
         assert "event: image_edit.completed" in streamed.text
 
     run(test, denoised)
+
+
+def test_a_photo_is_fetched_from_a_named_host_and_from_no_other(
+    run: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(endpoint: Endpoint) -> None:
+        for path in ("/v1/concepts", EDITS):
+            fields = {"prompt": (None, "a {subject}")} if path == EDITS else {}
+            refused = await endpoint.client.post(path, files=fields | {"image_url": (None, "https://127.0.0.1/a.png")})
+            assert (refused.status_code, refused.json()["error"]["param"]) == (422, "image_url")
+            assert not endpoint.encoder.uploads
+            answer = await endpoint.client.post(path, files=fields | {"image_url": (None, url)})
+            assert answer.is_success, answer.text
+            assert endpoint.encoder.uploads.pop().images == (b"picture",)
+
+    with photo_host(b"HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\npicture", tmp_path, monkeypatch) as url:
+        run(test, denoised, image_hosts=["localhost"])
 
 
 def test_an_edit_is_refused_before_anything_is_encoded_and_has_its_own_deadline(run: Callable[..., None]) -> None:
@@ -227,6 +260,7 @@ def test_an_edit_is_refused_before_anything_is_encoded_and_has_its_own_deadline(
         (422, {"prompt": "{subject} {subject}"}),
         (422, {"prompt": "a {subject}", "negative_prompt": "no {subject}"}),
         (422, {"prompt": "very " * 75 + "old {subject}"}),
+        (422, {"prompt": "a {subject}", "negative_prompt": "very " * 76}),
         (404, {"concept": "concept_000000000000000000000000"}),
     ],
 )
@@ -243,17 +277,56 @@ def test_what_cannot_be_made_is_not_accepted_as_a_job(
     run(test, denoised)
 
 
-def test_a_client_that_sends_its_photos_too_slowly_is_told_so(run: Callable[..., None]) -> None:
-    async def drops() -> AsyncIterator[bytes]:
-        yield b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
+OPENAIS_OWN = {
+    "model": None,
+    "n": None,
+    "size": "auto",
+    "quality": "auto",
+    "background": "auto",
+    "moderation": "auto",
+    "style": "vivid",
+    "response_format": None,
+    "output_format": "png",
+    "output_compression": 100,
+    "stream": False,
+    "partial_images": 0,
+    "user": None,
+}
+
+
+def test_openais_own_defaults_and_nulls_are_taken_and_what_cannot_be_had_is_not(run: Callable[..., None]) -> None:
+    async def test(endpoint: Endpoint) -> None:
+        first = await endpoint.post(GENERATIONS, "k", seed=1, output_compression=100)
+        spelt = await endpoint.post(GENERATIONS, "k", seed=1, **OPENAIS_OWN)
+        assert (first.status_code, spelt.content) == (200, first.content), "it is the same request"
+        nulls = await endpoint.post(GENERATIONS, **dict.fromkeys(ImageParameters.model_fields.keys() - {"prompt"}))
+        assert nulls.status_code == 200
+        refused = {"quality": "hd", "background": "transparent", "moderation": "low", "style": "natural"}
+        for param, value in (refused | {"prompt": None, "stpes": None}).items():
+            answer = await endpoint.post(GENERATIONS, **{param: value})
+            assert (answer.status_code, answer.json()["error"]["param"]) == (422, param)
+        schema = (await endpoint.client.get("/openapi.json")).json()["paths"][GENERATIONS]["post"]["requestBody"]
+        fields = schema["content"]["application/json"]["schema"]["properties"]
+        assert [name for name, field in fields.items() if {"type": "null"} not in field.get("anyOf", [])] == [
+            "prompt",
+            "concept",
+        ]
+
+    run(test, denoised)
+
+
+def test_a_client_that_sends_its_body_too_slowly_is_told_so(run: Callable[..., None]) -> None:
+    async def drops(begin: bytes) -> AsyncIterator[bytes]:
+        yield begin
         while True:
             yield b"a"
             await asyncio.sleep(0.05)
 
     async def test(endpoint: Endpoint) -> None:
-        headers = {"Content-Type": "multipart/form-data; boundary=x"}
-        for path in ("/v1/concepts", EDITS):
-            answer = await endpoint.client.post(path, content=drops(), headers=headers)
+        part = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
+        form, text = (part, "multipart/form-data; boundary=x"), (b'{"prompt": "', "application/json")
+        for path, (begin, kind) in {"/v1/concepts": form, EDITS: form, GENERATIONS: text, JOBS: text}.items():
+            answer = await endpoint.client.post(path, content=drops(begin), headers={"Content-Type": kind})
             assert (answer.status_code, answer.json()["error"]["code"]) == (408, "upload_timeout")
         assert endpoint.api.uploads.taken == 0
 
@@ -274,6 +347,25 @@ def test_a_long_json_body_is_refused_before_it_has_arrived(run: Callable[..., No
         answer = await endpoint.client.post(GENERATIONS, content=spaces(), headers={"Content-Type": "application/json"})
         assert answer.status_code == 413
         assert sent <= limit + 20_000
+
+    run(test, denoised)
+
+
+def test_an_endpoint_without_a_warm_replica_is_alive_and_not_ready(
+    run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve.stages.READY_S", 0.05)
+
+    async def cold() -> None:
+        await asyncio.Event().wait()
+
+    async def test(endpoint: Endpoint) -> None:
+        assert (await endpoint.client.get("/readyz")).status_code == 200
+        endpoint.diffusion.describe = cold
+        answer = await endpoint.client.get("/readyz")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_ready")
+        assert answer.headers["Retry-After"]
+        assert (await endpoint.client.get("/healthz")).status_code == 200
 
     run(test, denoised)
 

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import RayActorError
 
 from instantbooth.errors import EngineError, MissingObjectError, OverloadedError
 from serve.bodies import EditForm
@@ -24,6 +25,7 @@ from serve.limits import Turns
 from serve.messages import Begun, Event, Picture, Step, Work
 from serve.records import new_id
 from serve.schemas import GenerationBody
+from serve.stages import MAX_LOSSES
 from tests.serve.scripted import BEGUN, STEPS, Diffusion, Local, Script, denoised, endless
 
 
@@ -150,7 +152,8 @@ def test_a_tenant_has_so_many_unfinished_jobs_and_no_more(runner: Callable[..., 
         await submitted(jobs, "bob")
         await submitted(jobs, key="waits for its own answer")
         await jobs.cancel("ada", first.id)
-        await submitted(jobs)
+        at_once = await asyncio.gather(*(submitted(jobs) for _ in range(5)), return_exceptions=True)
+        assert sum(isinstance(each, JobRecord) for each in at_once) == 1
 
     asyncio.run(run())
 
@@ -179,6 +182,20 @@ def test_a_job_that_fails_whenever_it_is_begun_ends(
         assert len(works(jobs)) == MAX_FAILURES
         assert (job.status, job.error_status, job.step) == ("failed", 503, 2)
         assert [event.step for event in events if isinstance(event, Step)] == [1, 2], "each is told once"
+
+    asyncio.run(run())
+
+
+def test_a_job_that_ends_its_replicas_before_it_is_begun_ends_too(
+    runner: Callable[..., JobRunner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve.jobs.RETRY_S", 0.001)
+    monkeypatch.setattr("serve.stages.PAUSE_S", 0)
+
+    async def run() -> None:
+        jobs = runner(raising(RayActorError(), 0))
+        job = await jobs.wait("ada", (await submitted(jobs, deadline_s=20)).id)
+        assert (job.error_status, len(works(jobs))) == (503, MAX_FAILURES * MAX_LOSSES)
 
     asyncio.run(run())
 
@@ -350,26 +367,26 @@ def test_what_has_expired_is_deleted_and_a_key_used_again_is_not(
     asyncio.run(run())
 
 
-def test_jobs_are_accepted_while_a_backlog_is_deleted(
-    runner: Callable[..., JobRunner], monkeypatch: pytest.MonkeyPatch
+def test_jobs_are_accepted_while_others_are_deleted_and_a_key_once_its_own_is(
+    runner: Callable[..., JobRunner], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def run() -> None:
         former = runner(denoised, job_ttl_s=60)
-        for _ in range(3):
-            await former.wait("ada", (await submitted(former)).id)
+        for number in range(3):
+            await former.wait("ada", (await submitted(former, key=str(number))).id)
         later = SimpleNamespace(time=lambda: time.time() + 120, time_ns=time.time_ns)
         monkeypatch.setattr("serve.records.time", later)
         jobs = runner(endless, job_ttl_s=60)
         jobs.records.delete = slow = Slow(jobs.records.delete)
         await jobs.check_health()
         assert await asyncio.to_thread(slow.writing.wait, 5)
-        accepted = asyncio.ensure_future(submitted(jobs))
-        await asyncio.sleep(0.05)
-        # It waits for this one deletion, and none of the others.
-        first, slow.go_on = slow.go_on, threading.Event()
-        first.set()
-        await until(accepted.done)
+        deleted = asyncio.ensure_future(submitted(jobs, key="0"))
+        await submitted(jobs)
+        await submitted(jobs, key="another")
+        assert not deleted.done()
         slow.go_on.set()
+        await until(deleted.done)
+        assert [*tmp_path.glob(f"claims/ada/{deleted.result().claim_id}.json")]
 
     asyncio.run(run())
 

@@ -40,6 +40,7 @@ from serve.pictures import PictureStore
 from serve.proxy import OneShape, middlewares
 from serve.records import Expiring, Records, new_id
 from serve.scaling import ConceptRouter, QueuedWorkPolicy
+from serve.schemas import MAX_IMAGES
 from tests.serve.works import a_work
 
 
@@ -68,7 +69,16 @@ def test_without_keys_only_this_machine_is_served() -> None:
 
 
 def test_a_configuration_with_a_slip_is_refused() -> None:
-    for slip in ({"keys": {"Ada": []}}, {"keys": {"ada": ["secret"]}}, {"stroe": "x"}, {"url_secret": "short"}):
+    for slip in (
+        {"keys": {"Ada": []}},
+        {"keys": {"ada": ["secret"]}},
+        {"stroe": "x"},
+        {"url_secret": "short"},
+        {"max_concept_ttl_s": 3600},
+        {"max_requests": MAX_IMAGES - 1},
+        *({name: 0} for name in ("row_budget", "max_row_budget", "max_body_bytes")),
+        *({name: 0} for name in ("max_image_bytes", "max_image_pixels")),
+    ):
         with pytest.raises(ValidationError):
             ServeConfig(**slip)
 

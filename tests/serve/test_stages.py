@@ -10,7 +10,7 @@ from ray.exceptions import RayActorError
 
 from serve import stages as module
 from serve.errors import ApiError
-from serve.messages import Picture, Step
+from serve.messages import Picture, Step, Upload
 from serve.stages import MAX_LOSSES, Stages, ask_all
 from tests.serve.works import a_work
 
@@ -87,6 +87,22 @@ def test_work_that_ends_every_replica_is_given_up_and_work_that_goes_on_is_not(
     assert got == list(range(pictures))
     # A picture clears what was lost before it, and the replica that made it is lost too.
     assert calls == MAX_LOSSES + max(pictures - 1, 0)
+
+
+def test_photos_that_end_every_encoder_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PAUSE_S", 0)
+    calls = 0
+
+    async def lost(upload: Upload) -> None:
+        nonlocal calls
+        calls += 1
+        raise RayActorError
+
+    encoder = SimpleNamespace(encode=SimpleNamespace(remote=lost))
+    stages = Stages(encoder, SimpleNamespace(options=lambda stream: SimpleNamespace(generate=None)))
+    with pytest.raises(ApiError, match="replicas were lost") as error:
+        asyncio.run(stages.encode(Upload(images=(b"",), masks=None, class_noun="person"), 20))
+    assert (error.value.status, calls) == (503, MAX_LOSSES)
 
 
 def test_a_replica_that_dies_does_not_silence_the_others() -> None:

@@ -38,9 +38,10 @@ _PICTURE, _PREVIEW, _STOP = 0, 1, 2
 class Decoder:
     """A thread with the VAE, on a CUDA stream of the lowest priority. Pictures go before previews."""
 
-    def __init__(self, base: BaseModel, *, batch_size: int, name: str) -> None:
+    def __init__(self, base: BaseModel, *, batch_size: int, max_previews: int, name: str) -> None:
         self._base = base
         self._batch_size = batch_size
+        self._max_previews = max_previews
         self._jobs: PriorityQueue[_Job] = PriorityQueue()
         self._number = count()
         self._pending = {_PICTURE: 0, _PREVIEW: 0}
@@ -80,11 +81,16 @@ class Decoder:
         if broken:
             self._fail_all([])
 
-    def put_preview(self, latents: Tensor, deliver: Callable[[Image.Image], None]) -> None:
-        """The same for a preview, which is left out where the thread has other work."""
-        if not any(self._pending.values()):
+    def put_preview(
+        self,
+        latents: Tensor,
+        deliver: Callable[[Image.Image], None],
+        given_up: Callable[[], Exception | None],
+    ) -> None:
+        """The same for a preview, which is left out where a picture waits, or `max_previews` do."""
+        if not self._pending[_PICTURE] and self._pending[_PREVIEW] < self._max_previews:
             self._count(_PREVIEW, 1)
-            self._jobs.put(_Job(_PREVIEW, next(self._number), latents, deliver))
+            self._jobs.put(_Job(_PREVIEW, next(self._number), latents, deliver, given_up=given_up))
 
     def close(self) -> None:
         """Decodes what is there, then ends the thread."""
@@ -126,14 +132,15 @@ class Decoder:
             job.fail(EngineError("the engine broke down; start another"))
 
     def _next_batch(self) -> list[_Job]:
-        """The next job, and those behind it with latents of the same shape."""
+        """The next job, and those of its kind behind it with latents of the same shape."""
         batch = [self._jobs.get()]
         while batch[0].latents is not None and len(batch) < self._batch_size:
             try:
                 job = self._jobs.get_nowait()
             except Empty:
                 break
-            if job.latents is None or job.latents.shape != batch[0].latents.shape:
+            known = (batch[0].priority, batch[0].latents.shape)
+            if job.latents is None or (job.priority, job.latents.shape) != known:
                 self._jobs.put(job)
                 break
             batch.append(job)

@@ -52,7 +52,7 @@ class EngineConfig:
     decode_batch: int = 4
     """Pictures decoded together."""
     max_undecoded: int = 16
-    """Finished latents that may wait for the VAE before no further request is begun."""
+    """Finished latents that may wait for the VAE before no further request is begun, and as many previews."""
     buckets: tuple[int, ...] = ()
     """Numbers of requests that batches are padded to, rising, with two U-Net rows for each where any is guided, and
     the most reference images; a step has no more requests than the largest. Empty pads nothing that is not compiled."""
@@ -145,7 +145,12 @@ class Engine:
         self._numbers = count()
         self._totals = EngineStats()
         self._ended: Counter[str] = Counter()
-        self._decoder = Decoder(booth.base, batch_size=config.decode_batch, name="instantbooth-decoder")
+        self._decoder = Decoder(
+            booth.base,
+            batch_size=config.decode_batch,
+            max_previews=config.max_undecoded,
+            name="instantbooth-decoder",
+        )
         self._thread = Thread(target=self._run, name="instantbooth-engine", daemon=True)
         self._thread.start()
 
@@ -367,7 +372,7 @@ class Engine:
             settle = partial(self._settle, ticket)
             self._decoder.put(row.latents, settle, settle, ticket.charge_decoding, ticket.given_up)
         elif row.step in ticket.preview_steps and row.previous_x0 is not None:
-            self._decoder.put_preview(row.previous_x0, partial(_show, ticket, progress))
+            self._decoder.put_preview(row.previous_x0, partial(_show, ticket, progress), ticket.given_up)
 
     def _settle(self, ticket: Ticket, outcome: Image.Image | Exception) -> None:
         """Ends a request that needs no further step."""

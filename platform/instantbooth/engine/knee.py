@@ -85,13 +85,14 @@ def measure_steps(
     side: int | None = None,
     repeats: int = REPEATS,
     patience_s: float = PATIENCE_S,
+    least_rows: int = 1,
 ) -> dict[int, float]:
     """Seconds of a step for 1, 2, 4 … `max_rows` U-Net rows, the fastest of `repeats`.
 
     Pictures are square, `side` pixels or the model's own size.
     What else the machine does only adds to them. Two rows and more are guided requests. Stops doubling once the
-    measurements took `patience_s` seconds, or where memory does not suffice for as many subjects of the most reference
-    images.
+    measurements took `patience_s` seconds, though not before `least_rows`, or where memory does not suffice for as many
+    subjects of the most reference images.
     """
     seconds: dict[int, float] = {}
     started = time.perf_counter()
@@ -99,7 +100,7 @@ def measure_steps(
         keys_values_of_nobody(booth, references) for references in (TYPICAL_REFERENCES, MOST_REFERENCES)
     )
     rows = 1
-    while rows <= max_rows and (not seconds or time.perf_counter() - started < patience_s):
+    while rows <= max_rows and (rows <= least_rows or time.perf_counter() - started < patience_s):
         try:
             seconds_of_step(_batch(booth, rows, largest, side=side, steps=1))
             batch = _batch(booth, rows, typical, side=side, steps=repeats + 1)

@@ -64,6 +64,9 @@ class Scheduler(Generic[Item]):
         line.remove(item)
         if not line:
             del self._lines[item.size]
+        if not self._lines:
+            # Nobody waited for anybody: what a size has used is no debt to those that come after.
+            self._seconds.clear()
 
     def choose(self, allowed: Callable[[Item], bool] = lambda item: True) -> list[Item]:
         """Those who step together now; empty where nobody may. One always may, whether it fits or not."""
