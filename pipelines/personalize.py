@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import file_digest
+from pathlib import Path
 from typing import Any
 
 import ray.data
@@ -25,7 +26,7 @@ from instantbooth.images import OUTPUT_FORMATS
 from instantbooth.ledger import Ledger, work_id
 from instantbooth.manifest import ManifestRow, PromptSets, read_prompt_sets, scan_manifest
 from instantbooth.model.loading import Precision
-from instantbooth.storage import open_store, open_uri, patiently, read_uri
+from instantbooth.storage import absolute_uri, open_store, open_uri, patiently, read_uri
 from pipelines.checks import check_cluster, check_concepts, check_manifest_apart, check_store
 from pipelines.failed_rows import FailedRows
 from pipelines.generator import ImageGenerator, engine_config
@@ -191,6 +192,7 @@ def personalize(
     started = time.perf_counter()
     check_manifest_apart(config.manifest, config.output)
     store = open_store(config.output)
+    config = replace(config, model=config.model.pinned())
     model = replace(config.model.identity(), image_format=config.image_format, precision=config.precision)
     manifest = Manifest(config)
     job = work_id("job", manifest.digest(), vars(model))
@@ -302,11 +304,13 @@ def _plan(
 
 
 def _stages(config: PersonalizeConfig, model: ModelIdentity, *, conditional: bool) -> StageConfig:
+    """What workers have to know, whose working directories are others: pictures are known by names as written."""
     return StageConfig(
-        output=config.output,
-        model=config.model,
+        output=absolute_uri(config.output),
+        folder=Path.cwd(),
+        model=config.model.absolute(),
         identity=model,
-        concepts=config.concepts,
+        concepts=config.concepts and absolute_uri(config.concepts),
         conditional=conditional,
         row_budget=config.row_budget,
         exact=config.exact,

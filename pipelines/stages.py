@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from instantbooth.errors import InstantBoothError, MissingObjectError, StorageEr
 from instantbooth.images import decode_image
 from instantbooth.ledger import Ledger
 from instantbooth.manifest import ManifestRow
-from instantbooth.storage import ObjectStore, open_store, patiently, read_uri
+from instantbooth.storage import ObjectStore, absolute_uri, open_store, patiently, read_uri
 from pipelines.failures import Failure, judged
 from pipelines.model import ModelConfig
 from pipelines.plan import ModelIdentity, Piece, Task, concept_key, pieces, unpacked
@@ -41,6 +42,8 @@ class StageConfig:
 
     output: str
     """URI of the output."""
+    folder: Path
+    """From which a row's relative paths are meant: the driver's working directory, which is no worker's."""
     model: ModelConfig
     identity: ModelIdentity
     """What `model` must turn out to be."""
@@ -57,12 +60,12 @@ class StageConfig:
         return Ledger(open_store(self.output), conditional=self.conditional)
 
     def check_weights(self) -> None:
-        """Raises WeightsError where the weights' name has come to mean others than when the job started."""
+        """Raises WeightsError where the weights are others than when the job started."""
         found = self.model.identity().weights
         if found != self.identity.weights:
             raise WeightsError(
                 f"{self.model.weights} changed from {self.identity.weights[:12]} to {found[:12]} while the job "
-                "started; name a version, not an alias, and run the job again"
+                "started; write new weights elsewhere, and run the job again"
             )
 
 
@@ -169,8 +172,8 @@ def _fetch(task: Task, *, stages: StageConfig, stores: list[ObjectStore]) -> Wor
     except InstantBoothError as error:
         return replace(work, failure=Failure.of(error, transient=isinstance(error, StorageError)))
     try:
-        references = tuple(_image(uri) for uri in work.row.images)
-        masks = None if work.row.masks is None else tuple(_image(uri) for uri in work.row.masks)
+        references = _images(work.row.images, stages.folder)
+        masks = None if work.row.masks is None else _images(work.row.masks, stages.folder)
         seconds = {"fetch": time.perf_counter() - started}
         return replace(work, references=references, masks=masks, seconds=seconds)
     except Exception as error:
@@ -185,6 +188,10 @@ def _known_concept(key: str, stores: list[ObjectStore]) -> Concept | None:
         except MissingObjectError:
             continue
     return None
+
+
+def _images(uris: Iterable[str], folder: Path) -> tuple[Image.Image, ...]:
+    return tuple(_image(absolute_uri(uri, folder)) for uri in uris)
 
 
 def _image(uri: str) -> Image.Image:

@@ -473,6 +473,9 @@ def _prompts_fault(value: object) -> str | None:
             )
         if fault := _text_fault(prompt):
             return fault
+    if len(set(value)) < len(value):
+        twice = next(prompt for prompt in value if value.count(prompt) > 1)
+        return f"must each be given once, {_shown(twice)} is given again; drop it, or raise num_images_per_prompt"
     return None
 
 

@@ -88,12 +88,12 @@ def open_store(uri: str) -> ObjectStore:
     return FileStore(_local_path(uri).absolute())
 
 
-def absolute_uri(uri: str) -> str:
+def absolute_uri(uri: str, folder: Path | None = None) -> str:
     """The same place from any working directory: at file:// or at a plain path, as an absolute path.
 
-    Raises StorageError for another scheme.
+    A relative path is meant from `folder`; None is the working directory. Raises StorageError for another scheme.
     """
-    return uri if check_uri(uri) == "s3" else str(_local_path(uri).absolute())
+    return uri if check_uri(uri) == "s3" else str((folder or Path.cwd()) / _local_path(uri))
 
 
 def read_uri(uri: str, *, max_bytes: int | None = None) -> bytes:

@@ -93,7 +93,9 @@ def test_training_changes_the_weights_and_is_tracked_and_registered(project: Pro
     assert trained.steps == 5
     tags = MlflowClient(project.model.tracking_uri).get_run(trained.run_id).data.tags
     assert tags["machine"].startswith("2 × "), "the workers', as their log tells"
-    registered = ModelConfig(**(vars(project.model) | {"weights": trained.weights})).load(device="cpu")
+    candidate = replace(project.model, weights="models:/instantbooth@candidate")
+    assert candidate.pinned().weights == trained.weights, "an alias may move while a job runs"
+    registered = candidate.pinned().load(device="cpu")
     local = Personalizer.from_pretrained(
         project.model.base, image_encoder=project.model.image_encoder, weights=trained.folder, device="cpu"
     )

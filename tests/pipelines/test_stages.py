@@ -21,7 +21,7 @@ from pipelines.failures import judged
 from pipelines.generator import ImageGenerator, _after
 from pipelines.model import ModelConfig
 from pipelines.outcome import Outcome
-from pipelines.personalize import PersonalizeConfig, personalize
+from pipelines.personalize import PersonalizeConfig, _stages, personalize
 from pipelines.plan import Task, packed
 from pipelines.stages import ConceptEncoder, StageConfig, Work, fetch_references
 from tests.tiny import portrait
@@ -86,7 +86,9 @@ def bench(model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     image, mask = portrait(0)
     image.putalpha(mask)
     image.save(tmp_path / "photo.png")
-    stages = StageConfig(output=str(tmp_path / "out"), model=model, identity=model.identity(), row_budget=4)
+    stages = StageConfig(
+        output=str(tmp_path / "out"), folder=tmp_path, model=model, identity=model.identity(), row_budget=4
+    )
     generator = ImageGenerator(stages, "cpu")
     yield Bench(folder=tmp_path, stages=stages, encoder=ConceptEncoder(stages, "cpu"), generator=generator)
     generator.engine.close()
@@ -104,6 +106,29 @@ def test_a_photo_that_cannot_be_read_for_now_leaves_its_row_open(bench: Bench) -
     later.unlink()
     later.symlink_to(bench.folder / "photo.png")
     assert bench.run(row)["later"].succeeded == 1
+
+
+def test_relative_paths_are_meant_from_the_drivers_folder(
+    bench: Bench, tiny: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    monkeypatch.chdir(tiny)
+    model = replace(bench.stages.model, base="base", image_encoder="clip")
+    identity = model.identity()
+    assert (identity.base, identity.image_encoder) == ("base", "clip")
+    monkeypatch.chdir(bench.folder)
+    config = PersonalizeConfig(manifest="manifest.jsonl", output="out", concepts="earlier")
+    driver = _stages(config, bench.stages.identity, conditional=True)
+    monkeypatch.chdir(tiny)
+    parts = _stages(replace(config, model=model), identity, conditional=True).model
+
+    monkeypatch.chdir(tmp_path_factory.mktemp("worker"))
+    assert (driver.output, driver.concepts) == (bench.stages.output, str(bench.folder / "earlier"))
+    assert (parts.base, parts.image_encoder) == (bench.stages.model.base, bench.stages.model.image_encoder)
+    parts.load_encoder(device="cpu")
+    (work,) = replace(bench, stages=driver).fetched(bench.row("ada", images=("photo.png",), masks=("photo.png",)))
+    assert work.failure is None
+    assert len(work.references) == len(work.masks) == 1
+    assert work.row.images == ("photo.png",)
 
 
 def test_an_output_that_cannot_keep_a_concept_leaves_rows_open(bench: Bench) -> None:
