@@ -9,8 +9,7 @@ import ray
 
 from instantbooth.errors import ConditionalWriteError, MissingObjectError, ParameterError
 from instantbooth.ledger import SELF_TEST, Ledger
-from instantbooth.storage import FileStore, ObjectStore, open_store, patiently
-from pipelines.outcome import FAILED
+from instantbooth.storage import ObjectStore, open_store, patiently
 from pipelines.plan import CONCEPTS
 
 FETCHING_CPUS = 1
@@ -41,16 +40,6 @@ def check_store(store: ObjectStore, *, allow_unconditional: bool) -> bool:
             ) from error
         log.warning("NOT EXACTLY ONCE: %s", error)
         return False
-
-
-def check_manifest_apart(manifest: str, output: str) -> None:
-    """Raises ParameterError for a manifest that the job itself would replace at its end."""
-    folder, slash, name = manifest.rpartition("/")
-    if name == FAILED and _place(folder + slash or ".") == _place(output):
-        raise ParameterError(
-            f"{manifest} is what the run would replace, with what it tells of succeeded rows; pass another --output, "
-            f"and --concepts {output} to reuse its concepts"
-        )
 
 
 def check_concepts(uri: str) -> None:
@@ -89,9 +78,3 @@ def check_cluster(concept: Wanted, diffusion: Wanted) -> None:
             f"the pools start with {concept.min} + {diffusion.min} actors of one CPU each, and fetching takes "
             f"{FETCHING_CPUS} more; the cluster has {have.get('CPU', 0):g}; lower concept.min or diffusion.min"
         )
-
-
-def _place(uri: str) -> object:
-    """Equal for two names of one folder or prefix."""
-    store = open_store(uri)
-    return store.root.resolve() if isinstance(store, FileStore) else store

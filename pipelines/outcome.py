@@ -19,10 +19,10 @@ from instantbooth.ledger import RECORDS, Ledger, Record
 from instantbooth.manifest import ManifestRow
 from instantbooth.storage import ObjectStore, patiently, read_uri
 from pipelines.page import render, thumbnail_uri
+from pipelines.places import FAILED
 from pipelines.plan import ModelIdentity, Piece, pieces
 
 SUCCEEDED = "succeeded.jsonl"
-FAILED = "failed.jsonl"
 REPORT = "report.json"
 PAGE = "report.html"
 SUCCESS = "_SUCCESS.json"

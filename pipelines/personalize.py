@@ -27,11 +27,12 @@ from instantbooth.ledger import Ledger, work_id
 from instantbooth.manifest import ManifestRow, PromptSets, read_prompt_sets, scan_manifest
 from instantbooth.model.loading import Precision
 from instantbooth.storage import absolute_uri, open_store, open_uri, patiently, read_uri
-from pipelines.checks import check_cluster, check_concepts, check_manifest_apart, check_store
+from pipelines.checks import check_cluster, check_concepts, check_store
 from pipelines.failed_rows import FailedRows
 from pipelines.generator import ImageGenerator, engine_config
 from pipelines.model import ModelConfig
-from pipelines.outcome import FAILED, SUCCESS, Outcome, PersonalizeReport, earlier_report, write_outcome
+from pipelines.outcome import SUCCESS, Outcome, PersonalizeReport, earlier_report, write_outcome
+from pipelines.places import FAILED, check_manifest_apart
 from pipelines.plan import ModelIdentity, Settled, Task, packed, pieces
 from pipelines.stages import ConceptEncoder, StageConfig, fetch_references
 

@@ -12,10 +12,11 @@ from instantbooth.errors import ConditionalWriteError, ManifestError, ParameterE
 from instantbooth.storage import FileStore
 from jobs.benchmarks.million import MillionEstimate, page
 from jobs.bulk import BulkConfig, _event_log, _events, _tracked
-from pipelines.checks import check_manifest_apart, check_store
+from pipelines.checks import check_store
 from pipelines.model import ModelConfig
 from pipelines.outcome import Outcome
 from pipelines.personalize import PersonalizeConfig, Pool, Tally, _bound, load_manifest
+from pipelines.places import check_manifest_apart
 
 
 def test_every_failure_is_an_event_and_progress_adds_up(tmp_path: Path) -> None:

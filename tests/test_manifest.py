@@ -147,6 +147,10 @@ def test_rows_survive_being_written_and_read(kind: str, named: bool, rows: list[
         (line(masks=["a.png", "b.png"]), "masks: must be one per image, are 2 for 1"),
         (line(class_noun="catt"), "class_noun: must be a known noun, is \"catt\"; Did you mean 'cat'"),
         (line(class_noun=None), "class_noun: must be a known noun, is null"),
+        (
+            line(images=["s3://bucket"]),
+            "images: 's3://bucket' can be no object, whose key must be text of at least one",
+        ),
         (line(prompts=[]), "prompts: must be a list of at least one prompt"),
         (line(prompts="a {subject}"), "prompts: must be a list"),
         (line(prompts=["a {subject}", "a cat"]), r"prompts: must each hold \{subject\} exactly once, one is \"a cat\""),
@@ -328,6 +332,7 @@ def test_a_prompt_set_is_given_once_and_named_by_rows(kind: str) -> None:
             b'{"a": ["{subject}"], "b": [], "c": ["cat"]}',
             r'(?s)^prompt set "b": must be a list .*set "c": must each hold',
         ),
+        (b'{"a": ["{subject}", "{subject}"]}', r'^prompt set "a": must each be given once, "\{subject\}" is'),
     ],
 )
 def test_prompt_sets_follow_the_rules_of_prompts(data: bytes, fault: str) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from moto import mock_aws
 
 from instantbooth.errors import ConditionalWriteError, StorageError, TransientStorageError
-from instantbooth.storage import ObjectStore, _as_storage_error, open_store, open_uri, read_uri
+from instantbooth.storage import ObjectStore, _as_storage_error, check_object_uri, open_store, open_uri, read_uri
 
 
 @pytest.fixture
@@ -177,6 +178,24 @@ def test_a_failed_write_leaves_the_old_object_and_nothing_else(tmp_path: Path) -
 def test_a_place_that_no_store_serves_is_refused(uri: str) -> None:
     with pytest.raises(StorageError, match="write s3://bucket/key"):
         open_store(uri)
+
+
+@pytest.mark.parametrize(
+    ("uri", "rule"),
+    [
+        ("s3://bucket", "at least one character"),
+        ("s3://bucket/", "at least one character"),
+        ("s3://bucket/in/../x.png", "neither . nor .."),
+        ("s3://bucket/in//x.png", "no empty part"),
+        ("s3://a bucket/x.png", "must lie in a bucket of letters"),
+        (f"photos/{'x' * 256}", "at most 255 bytes"),
+    ],
+)
+def test_what_can_be_no_object_is_known_without_a_look(bucket: str, uri: str, rule: str) -> None:
+    with pytest.raises(StorageError, match=rf"{re.escape(uri)}' can be no object, whose key .*{re.escape(rule)}"):
+        check_object_uri(uri)
+    with pytest.raises(StorageError):
+        read_uri(uri)
 
 
 def test_s3_failures_name_bucket_and_key(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ from typing import Any
 from instantbooth.errors import ManifestError, StorageError, did_you_mean
 from instantbooth.parameters import RANGES, range_fault
 from instantbooth.prompts import CLASS_NOUNS, MAX_PROMPT_CHARS
-from instantbooth.storage import check_uri
+from instantbooth.storage import check_object_uri
 
 ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
@@ -457,7 +457,7 @@ def _uris_fault(value: object) -> str | None:
         return f"must be a list of 1 to {MAX_IMAGES} URIs, is {found}; list them in brackets"
     for uri in value:
         try:
-            check_uri(uri)
+            check_object_uri(uri)
         except StorageError as error:
             return str(error)
     return None

@@ -27,6 +27,8 @@ from instantbooth.errors import ConditionalWriteError, MissingObjectError, Stora
 MAX_KEY_BYTES = 1024
 MAX_PART_BYTES = 255
 UNSTORABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
+BUCKET = re.compile(r"[A-Za-z0-9._:-]{1,255}")
+"""Of an S3 bucket's name, or an access point's ARN."""
 UNFINISHED = ".unfinished-"
 CONFLICT_TRIES = 5
 TRANSIENT_ERRNOS = (errno.EIO, errno.EAGAIN, errno.EINTR, errno.ESTALE, errno.ETIMEDOUT, errno.EBUSY)
@@ -142,6 +144,19 @@ def check_uri(uri: str) -> str:
     if scheme == "file" and urlsplit(uri).netloc in ("", "localhost"):
         return "file"
     raise StorageError(f"{uri} is not at a known place; write s3://bucket/key, file:///path or a plain path")
+
+
+def check_object_uri(uri: str) -> str:
+    """The scheme of a URI that may be one object's. Raises StorageError where no store could hold such an object."""
+    scheme, fault = check_uri(uri), None
+    if scheme == "s3":
+        bucket, _, key = uri.removeprefix("s3://").partition("/")
+        fault = _key_fault(key) if BUCKET.fullmatch(bucket) else "must lie in a bucket of letters, digits and . - _"
+    elif any(len(part.encode()) > MAX_PART_BYTES for part in _local_path(uri).parts):
+        fault = f"must have at most {MAX_PART_BYTES} bytes in each part"
+    if fault:
+        raise StorageError(f"{uri!r} can be no object, whose key {fault}; write s3://bucket/folder/name or a path")
+    return scheme
 
 
 def check_key(key: str) -> str:

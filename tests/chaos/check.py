@@ -11,7 +11,8 @@ from hashlib import sha256
 
 from instantbooth.ledger import RECORDS, Record
 from instantbooth.storage import ObjectStore
-from pipelines.outcome import FAILED, SUCCEEDED, SUCCESS
+from pipelines.outcome import SUCCEEDED, SUCCESS
+from pipelines.places import FAILED
 from pipelines.plan import IMAGES
 
 

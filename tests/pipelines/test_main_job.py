@@ -31,8 +31,9 @@ from jobs.train import TrainConfig, TrainReport, train
 from pipelines.curation.precompute import Precomputed
 from pipelines.ingest import IngestConfig, ingest
 from pipelines.model import ModelConfig
-from pipelines.outcome import FAILED, SUCCEEDED, SUCCESS, Outcome, PersonalizeReport
+from pipelines.outcome import SUCCEEDED, SUCCESS, Outcome, PersonalizeReport
 from pipelines.personalize import OnRow, PersonalizeConfig, Pool, Tally, load_manifest, personalize
+from pipelines.places import FAILED
 from pipelines.trainer import LOG, PICTURES, Ending, Monitor, ValidationConfig, train_worker
 from tests.curated import write_curated
 from tests.tiny import tiny_booth, tiny_model
