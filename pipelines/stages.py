@@ -4,6 +4,7 @@ pictures are denoised and committed. Each stage takes what the one before left, 
 
 from __future__ import annotations
 
+import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,12 +19,12 @@ import torch
 from PIL import Image
 
 from instantbooth import Concept
-from instantbooth.errors import InstantBoothError, MissingObjectError, StorageError, WeightsError
+from instantbooth.errors import ConceptError, InstantBoothError, MissingObjectError, StorageError, WeightsError
 from instantbooth.images import decode_image
 from instantbooth.ledger import Ledger
 from instantbooth.manifest import ManifestRow
 from instantbooth.storage import ObjectStore, absolute_uri, open_store, patiently, read_uri
-from pipelines.failures import Failure, judged
+from pipelines.failures import Failure, judged, lacks_device_memory
 from pipelines.model import ModelConfig
 from pipelines.plan import ModelIdentity, Piece, Task, concept_key, pieces, unpacked
 
@@ -34,6 +35,8 @@ READERS = 8
 """Rows whose references a task fetches at once."""
 RECENT = 32
 """Concepts that an encoder keeps at hand: rows of one subject stand side by side as a rule."""
+
+log = logging.getLogger("instantbooth.personalize")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,11 +150,13 @@ class ConceptEncoder(Actor):
                 data = self._encoded(work)
                 seconds = {**seconds, "encode": time.perf_counter() - started}
                 # Where two actors encode one subject, the first concept stored is the one both use.
-                concept = Concept.from_bytes(self.ledger.keep(key, data), name=key)
-        except StorageError as error:
+                concept = Concept.from_bytes(self.ledger.keep(key, data), name=self.output.uri(key))
+        except (StorageError, ConceptError) as error:
+            # What is kept cannot be had, or is damaged: the row's own pictures are not at fault.
             return replace(bare, failure=Failure.of(error, transient=True))
         except Exception as error:
-            return replace(bare, failure=judged(error, self.device))
+            # What encoding takes is bounded: another process has the memory.
+            return replace(bare, failure=judged(error, self.device, transient=lacks_device_memory(error)))
         self.recent[key] = concept
         if len(self.recent) > RECENT:
             del self.recent[next(iter(self.recent))]
@@ -169,8 +174,8 @@ def _fetch(task: Task, *, stages: StageConfig, stores: list[ObjectStore]) -> Wor
     try:
         if (concept := _known_concept(concept_key(work.row, stages.identity), stores)) is not None:
             return replace(work, concept=concept, seconds={"fetch": time.perf_counter() - started})
-    except InstantBoothError as error:
-        return replace(work, failure=Failure.of(error, transient=isinstance(error, StorageError)))
+    except StorageError as error:
+        return replace(work, failure=Failure.of(error, transient=True))
     try:
         references = _images(work.row.images, stages.folder)
         masks = None if work.row.masks is None else _images(work.row.masks, stages.folder)
@@ -181,12 +186,14 @@ def _fetch(task: Task, *, stages: StageConfig, stores: list[ObjectStore]) -> Wor
 
 
 def _known_concept(key: str, stores: list[ObjectStore]) -> Concept | None:
-    """From the first store that has it. StorageError where one cannot be asked, ConceptError for a damaged one."""
+    """From the first store that has it whole. StorageError where one cannot be asked."""
     for store in stores:
         try:
-            return Concept.from_bytes(patiently(partial(store.get, key)), name=key)
+            return Concept.from_bytes(patiently(partial(store.get, key)), name=store.uri(key))
         except MissingObjectError:
             continue
+        except ConceptError as error:
+            log.warning("%s; the subject is encoded anew", error)
     return None
 
 

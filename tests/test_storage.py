@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from moto import mock_aws
 
-from instantbooth.errors import ConditionalWriteError, StorageError, TransientStorageError
+from instantbooth.errors import ConditionalWriteError, MissingObjectError, StorageError, TransientStorageError
 from instantbooth.storage import ObjectStore, _as_storage_error, check_object_uri, open_store, open_uri, read_uri
 
 
@@ -203,6 +203,8 @@ def test_s3_failures_name_bucket_and_key(bucket: str, monkeypatch: pytest.Monkey
     for operation in (absent.get, lambda key: absent.put(key, b""), lambda key: absent.put_if_absent(key, b"")):
         with pytest.raises(StorageError, match=r"s3://absent/prefix/a.*bucket does not exist"):
             operation("a")
+    with pytest.raises(MissingObjectError, match="s3://absent/a: .*bucket does not exist"):
+        read_uri("s3://absent/a")
     with pytest.raises(StorageError, match="list s3://absent/prefix/"):
         list(absent.list())
     with pytest.raises(StorageError, match=r"(?s)Not A Bucket/a: .*Invalid bucket name"):

@@ -22,7 +22,13 @@ from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
 
-from instantbooth.errors import ConditionalWriteError, MissingObjectError, StorageError, TransientStorageError
+from instantbooth.errors import (
+    ConditionalWriteError,
+    MissingObjectError,
+    OversizedObjectError,
+    StorageError,
+    TransientStorageError,
+)
 
 MAX_KEY_BYTES = 1024
 MAX_PART_BYTES = 255
@@ -42,7 +48,7 @@ class ObjectStore(Protocol):
     """Bytes under keys. Every method raises StorageError, naming the object, for a bad key or a failed operation."""
 
     def get(self, key: str, *, max_bytes: int | None = None) -> bytes:
-        """The object's bytes; MissingObjectError where there is none, StorageError where it exceeds `max_bytes`."""
+        """The object's bytes; MissingObjectError where there is none, OversizedObjectError beyond `max_bytes`."""
         ...
 
     def put(self, key: str, data: bytes | io.BufferedIOBase) -> None:
@@ -251,8 +257,9 @@ class S3Store:
         with self._operation("read", key) as (client, target):
             try:
                 answer = client.get_object(**target)
-            except client.exceptions.NoSuchKey:
-                raise MissingObjectError(f"there is no object at {self.uri(key)}; check the name") from None
+            except (client.exceptions.NoSuchKey, client.exceptions.NoSuchBucket) as error:
+                reason = error.response["Error"]["Message"]
+                raise MissingObjectError(f"there is no object at {self.uri(key)}: {reason}; check the name") from None
             _check_size(answer["ContentLength"], self.uri(key), max_bytes)
             return bytes(answer["Body"].read())
 
@@ -344,7 +351,7 @@ def _check_prefix(prefix: str) -> str:
 
 def _check_size(size: int, uri: str, max_bytes: int | None) -> None:
     if max_bytes is not None and size > max_bytes:
-        raise StorageError(f"{uri} has {size} bytes, at most {max_bytes} are read; make it smaller")
+        raise OversizedObjectError(f"{uri} has {size} bytes, at most {max_bytes} are read; make it smaller")
 
 
 def _local_path(uri: str) -> Path:

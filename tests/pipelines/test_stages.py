@@ -13,16 +13,16 @@ import pytest
 import torch
 
 from instantbooth import Personalizer
-from instantbooth.errors import ImageError, StorageError
+from instantbooth.errors import ImageError, MissingObjectError, OversizedObjectError, StorageError
 from instantbooth.ledger import RECORDS
 from instantbooth.manifest import ManifestRow
 from instantbooth.storage import FileStore
-from pipelines.failures import judged
+from pipelines.failures import Failure, judged
 from pipelines.generator import ImageGenerator, _after
 from pipelines.model import ModelConfig
 from pipelines.outcome import Outcome
 from pipelines.personalize import PersonalizeConfig, _stages, personalize
-from pipelines.plan import Task, packed
+from pipelines.plan import Task, concept_key, packed
 from pipelines.stages import ConceptEncoder, StageConfig, Work, fetch_references
 from tests.tiny import portrait
 
@@ -141,6 +141,52 @@ def test_an_output_that_cannot_keep_a_concept_leaves_rows_open(bench: Bench) -> 
     assert not bench.records()
     blocked.unlink()
     assert bench.run(bench.row("ada"))["ada"].succeeded == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "transient"),
+    [
+        (StorageError("access denied"), "storage", True),
+        (MissingObjectError("no such photo"), "missing_object", False),
+        (OversizedObjectError("a photo of 30 MB"), "oversized_object", False),
+        (ImageError("no picture"), "image", False),
+        (MemoryError(), "memory", True),
+    ],
+)
+def test_what_says_nothing_of_a_row_is_not_settled(error: Exception, code: str, transient: bool) -> None:
+    failure = Failure.of(error)
+    assert (failure.code, failure.transient) == (code, transient)
+
+
+def test_a_device_without_room_leaves_subjects_open_and_fails_a_picture_that_is_alone(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(bench.encoder.encoder, "encode", full)
+        assert bench.run(bench.row("ada"))["ada"].open == 1
+    assert not bench.records()
+    monkeypatch.setattr(bench.generator.engine, "_assemble", full)
+    outcome = bench.run(bench.row("ada"))["ada"]
+    assert (outcome.failed, outcome.code) == (1, "out_of_memory")
+    assert len(bench.records()) == 1
+
+
+def test_a_damaged_concept_is_encoded_anew_or_leaves_its_row_open(bench: Bench) -> None:
+    row, store = bench.row("ada"), FileStore(bench.folder)
+    key = concept_key(row, bench.stages.identity)
+    store.put(f"earlier/{key}", b"no concept")
+    reusing = replace(bench, stages=replace(bench.stages, concepts=str(bench.folder / "earlier")))
+    assert reusing.run(row)["ada"].succeeded == 1
+
+    other = bench.row("eve", class_noun="person")
+    store.put(f"out/{concept_key(other, bench.stages.identity)}", b"no concept")
+    outcome = bench.run(other)["eve"]
+    assert (outcome.open, outcome.code) == (1, "concept")
+    assert str(bench.folder / "out") in outcome.error
+    assert len(bench.records()) == 1
 
 
 def test_half_precision_makes_pictures_from_concepts_of_its_own(bench: Bench) -> None:
