@@ -201,28 +201,36 @@ def _write_line(row: ManifestRow, made: Made, model: ModelIdentity, succeeded: I
         succeeded.write(_succeeded_line(row, made, model))
 
 
-def _succeeded_line(row: ManifestRow, made: Made, model: ModelIdentity) -> bytes:
-    images = [
+def _pictures(made: Made) -> list[dict[str, object]]:
+    return [
         {"key": record.key, "prompt": piece.prompt, "seed": piece.seed, "sha256": record.sha256}
         for piece, record in made
+        if record.status == "succeeded"
     ]
+
+
+def _succeeded_line(row: ManifestRow, made: Made, model: ModelIdentity) -> bytes:
     line = {
         "id": row.id,
         "class_noun": row.class_noun,
         "metadata": dict(row.metadata),
         "weights": model.weights,
         "concept": made[0][1].details["concept"],
-        "images": images,
+        "images": _pictures(made),
     }
     return f"{json.dumps(line)}\n".encode()
 
 
 def _failed_line(row: ManifestRow, made: Made) -> bytes:
-    """The row as it came, which makes it a manifest to run again, and what was wrong."""
-    first = next(record for _, record in made if record.status == "failed")
-    wrong = {name: first.details[name] for name in ("code", "error")}
-    again = json.loads(replace(row, attempt=row.attempt + 1).to_json())
-    return f"{json.dumps(again | wrong)}\n".encode()
+    """The row with the prompts that lack a picture, a manifest to run again; what was wrong; and what was made.
+
+    A prompt that lacks one of several pictures is run again whole, by the same seeds.
+    """
+    failures = [(piece, record) for piece, record in made if record.status == "failed"]
+    wrong = {name: failures[0][1].details[name] for name in ("code", "error")}
+    prompts = tuple(dict.fromkeys(piece.prompt for piece, _ in failures))
+    again = json.loads(replace(row, prompts=prompts, attempt=row.attempt + 1).to_json())
+    return f"{json.dumps(again | wrong | {'pictures': _pictures(made)})}\n".encode()
 
 
 def _completed(run: PersonalizeReport, summary: Summary, model: ModelIdentity) -> PersonalizeReport:

@@ -203,7 +203,7 @@ def test_s3_failures_name_bucket_and_key(bucket: str, monkeypatch: pytest.Monkey
     for operation in (absent.get, lambda key: absent.put(key, b""), lambda key: absent.put_if_absent(key, b"")):
         with pytest.raises(StorageError, match=r"s3://absent/prefix/a.*bucket does not exist"):
             operation("a")
-    with pytest.raises(MissingObjectError, match="s3://absent/a: .*bucket does not exist"):
+    with pytest.raises(MissingObjectError, match=r"s3://absent/a: .*bucket does not exist"):
         read_uri("s3://absent/a")
     with pytest.raises(StorageError, match="list s3://absent/prefix/"):
         list(absent.list())

@@ -112,8 +112,8 @@ class ManifestRow:
 FIELDS = tuple(each.name for each in fields(ManifestRow))
 REQUIRED = ("id", "images", "class_noun", "prompts")
 PROMPT_SET = "prompt_set"
-PASSED_OVER = ("code", "error")
-"""What failed.jsonl says of a row beside the row itself."""
+PASSED_OVER = ("code", "error", "pictures")
+"""What failed.jsonl says of a row beside the row itself: what was wrong, and which of its pictures were made."""
 COLUMNS = (*FIELDS, PROMPT_SET, *PASSED_OVER)
 LISTS = ("images", "masks", "prompts")
 NUMBERS = (

@@ -68,9 +68,12 @@ def faults_of(output: Output, ids: Sequence[str], items: int, applied: Mapping[s
     for key in sorted(stored & made.keys()):
         if sha256(output.objects[key]).hexdigest() != made[key].sha256:
             yield f"{key} is not what its record says"
-    listed = {image["key"]: image["sha256"] for row in output.lines(SUCCEEDED) for image in row["images"]}
+    told_of = [image for row in output.lines(SUCCEEDED) for image in row["images"]]
+    told_of += [image for row in output.lines(FAILED) for image in row["pictures"]]
+    listed = {image["key"]: image["sha256"] for image in told_of}
     recorded = {key: record.sha256 for key, record in made.items()}
     yield from (f"{key} is listed otherwise than recorded" for key in listed if listed[key] != recorded.get(key))
+    yield from (f"{key} is recorded and told nowhere" for key in sorted(recorded.keys() - listed.keys()))
     for key, count in applied.items():
         if count > 1 and any(f"/{kind}/" in key for kind in (IMAGES, RECORDS)) and not key.endswith(".self-test"):
             yield f"{key} was written {count} times"
