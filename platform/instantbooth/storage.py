@@ -38,6 +38,8 @@ BUCKET = re.compile(r"[A-Za-z0-9._:-]{1,255}")
 UNFINISHED = ".unfinished-"
 CONFLICT_TRIES = 5
 TRANSIENT_ERRNOS = (errno.EIO, errno.EAGAIN, errno.EINTR, errno.ESTALE, errno.ETIMEDOUT, errno.EBUSY)
+UNSUPPORTED_ERRNOS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)
+"""What file systems without hard links answer."""
 TRIES = 6
 """A storage call that fails for now is made so often, with growing pauses: 6 s in all."""
 
@@ -207,6 +209,13 @@ class FileStore:
                 os.link(unfinished, path)
             except FileExistsError:
                 return False
+            except OSError as error:
+                if error.errno not in UNSUPPORTED_ERRNOS:
+                    raise
+                raise ConditionalWriteError(
+                    f"cannot write {path}: its file system has no hard links ({error.strerror}), and so no conditional "
+                    "writes; use another"
+                ) from error
             _flush_folder(path.parent)
             return True
 
