@@ -3,7 +3,8 @@
 Every picture is a piece of work in the ledger: made once, however often the job is killed and started again. The
 output holds `images/<row id>/<prompt>-<number>-<work>.png`, each with its provenance inside; `concepts/`; `records/`,
 the truth; `_FAILURES.json`, how many rows have failed so far; and at the end `succeeded.jsonl` and `failed.jsonl`, a
-line for each row, `report.json`, `report.html`, and `_SUCCESS.json`. A manifest is read as a stream, once to plan and
+line for each row (`failed.jsonl` has the prompts that failed, and beside them the pictures that were made all the
+same), `report.json`, `report.html`, and `_SUCCESS.json`. A manifest is read as a stream, once to plan and
 once to tell the outcome, so that it may be long.
 """
 
@@ -58,8 +59,8 @@ class Pool:
     def __post_init__(self) -> None:
         if not 1 <= self.min <= self.max:
             raise ParameterError(f"a pool must have 1 ≤ min ≤ max, has {self.min} and {self.max}; correct them")
-        if self.gpus < 0 or (self.gpus > 1 and self.gpus != int(self.gpus)):
-            raise ParameterError(f"gpus must be a fraction of one or a whole number, is {self.gpus}; correct it")
+        if not 0 <= self.gpus <= 1:
+            raise ParameterError(f"gpus must be from 0 to 1, is {self.gpus}; correct it, and raise max to use more")
 
     def arguments(self, stages: StageConfig, **strategy: Any) -> dict[str, Any]:
         """How Ray Data shall run the pool's actors."""
@@ -146,9 +147,9 @@ class Tally:
     """Rows worked on, failed and open ones included."""
     failed: int = 0
     open: int = 0
-    """Rows that could not be done for now."""
+    """Rows that could not be done for now; one of which a picture has failed already is no such row."""
     why_open: str = ""
-    """What stood in the way of the last of them."""
+    """What stood in the way of the last picture that is open."""
     made: int = 0
     """Pictures made."""
     started: float = field(default_factory=time.monotonic)
@@ -167,8 +168,8 @@ class Tally:
         """Counts a row in."""
         self.done += 1
         self.failed += bool(outcome.failed)
+        self.open += bool(outcome.open) and not outcome.failed
         if outcome.open:
-            self.open += 1
             self.why_open = f"{outcome.id}: {outcome.error}"
         self.made += outcome.succeeded
 
@@ -342,20 +343,22 @@ def _generate(
     )
     tally.started = time.monotonic()
     on_row(tally, None)
-    for result in results.iter_rows():
-        outcome = Outcome(**result)
-        tally.add(outcome)
-        if outcome.failed:
-            failed.add()
-        on_row(tally, outcome)
-        _check_failures(config, tally, failed, outcome)
+    try:
+        for result in results.iter_rows():
+            outcome = Outcome(**result)
+            tally.add(outcome)
+            if outcome.failed:
+                failed.add(outcome.id, is_open=bool(outcome.open))
+            on_row(tally, outcome)
+            _check_failures(config, tally, failed, outcome)
+    finally:
+        failed.save()
 
 
 def _check_failures(config: PersonalizeConfig, tally: Tally, failed: FailedRows, last: Outcome | None = None) -> None:
     """Raises InstantBoothError once more rows have failed, in all runs, or could not be done, in this one, than may."""
     if config.max_failures is None or failed.count + tally.open <= _bound(config.max_failures, tally.manifest_rows):
         return
-    failed.save()
     example = f", at last {last.id}: {last.error}" if last is not None else ""
     raise InstantBoothError(
         f"{failed.count} of {tally.manifest_rows} rows have failed so far and {tally.open} could not be done for now, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import time
 from pathlib import Path
@@ -12,7 +13,8 @@ from instantbooth.errors import ConditionalWriteError, ManifestError, ParameterE
 from instantbooth.storage import FileStore
 from jobs.benchmarks.million import MillionEstimate, page
 from jobs.bulk import BulkConfig, _event_log, _events, _tracked
-from pipelines.checks import check_store
+from pipelines.checks import check_store, gpus_for
+from pipelines.failed_rows import FailedRows
 from pipelines.model import ModelConfig
 from pipelines.outcome import Outcome
 from pipelines.personalize import PersonalizeConfig, Pool, Tally, _bound, load_manifest
@@ -55,6 +57,29 @@ def test_failures_are_bounded_by_number_or_by_share() -> None:
     assert (_bound(0, 200), _bound(3, 200), _bound(0.05, 200)) == (0, 3, 10)
 
 
+def test_a_row_that_fails_twice_is_one_failed_row_and_the_last_one_is_kept(tmp_path: Path) -> None:
+    store = FileStore(tmp_path)
+    first = FailedRows(store, "job")
+    first.add("ada", is_open=True)
+    first.add("eve", is_open=False)
+    assert FailedRows(store, "job").count == 1, "the second comes within seconds of the first"
+    first.save()
+    second = FailedRows(store, "job")
+    assert second.count == 2
+    second.add("ada", is_open=False)
+    second.add("bob", is_open=False)
+    second.save()
+    assert FailedRows(store, "job").count == 3
+    assert FailedRows(store, "another job").count == 0
+
+
+def test_a_row_is_failed_or_open_and_not_both() -> None:
+    tally = Tally(rows=2, images=4)
+    tally.add(Outcome(id="ada", succeeded=0, failed=1, open=1, code="prompt", error="too long"))
+    tally.add(Outcome(id="eve", succeeded=1, failed=0, open=1, code="storage", error="no answer"))
+    assert (tally.done, tally.failed, tally.open) == (2, 1, 1)
+
+
 def test_the_faults_of_a_hopeless_manifest_are_told_up_to_a_number(tmp_path: Path) -> None:
     manifest = tmp_path / "rows.jsonl"
     manifest.write_text("oops\n" * 1500)
@@ -76,6 +101,26 @@ def test_a_store_without_conditional_writes_is_refused_or_used_with_a_warning(
     assert check_store(Careless(tmp_path), allow_unconditional=True) is False
     assert "NOT EXACTLY ONCE" in caplog.text
     assert check_store(FileStore(tmp_path / "good"), allow_unconditional=True) is True
+
+
+def test_a_file_system_without_hard_links_is_known_for_one_without_conditional_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr("os.link", refused)
+    with pytest.raises(ConditionalWriteError, match=r"no hard links .*--allow-unconditional"):
+        check_store(FileStore(tmp_path), allow_unconditional=False)
+    assert check_store(FileStore(tmp_path), allow_unconditional=True) is False
+
+
+@pytest.mark.parametrize(
+    ("shares", "gpus"),
+    [([], 0), ([0.0, 0.0], 0), ([0.1] * 10, 1), ([0.4] * 5, 3), ([0.6, 0.6, 0.5], 3), ([0.2, 0.8, 0.2, 0.8], 2)],
+)
+def test_no_actor_lies_on_two_gpus(shares: list[float], gpus: int) -> None:
+    assert gpus_for(shares) == gpus
 
 
 def test_a_run_into_its_own_manifest_is_refused_however_it_is_written(
@@ -100,7 +145,7 @@ def test_the_page_on_a_million_identities_is_what_the_command_prints() -> None:
 
 
 def test_options_that_cannot_work_are_refused() -> None:
-    for wrong in ({"min": 0}, {"min": 3, "max": 2}, {"gpus": 1.5}, {"gpus": -1.0}):
+    for wrong in ({"min": 0}, {"min": 3, "max": 2}, {"gpus": 1.5}, {"gpus": 2.0}, {"gpus": -1.0}):
         with pytest.raises(ParameterError, match="correct"):
             Pool(**wrong)
     for option in (
