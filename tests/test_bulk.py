@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import errno
 import json
+import sys
 import time
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 
-from instantbooth.errors import ConditionalWriteError, ManifestError, ParameterError
+from instantbooth.errors import ConditionalWriteError, ManifestError, ParameterError, StorageError
 from instantbooth.storage import FileStore
+from instantbooth.tracking import open_run
 from jobs.benchmarks.million import MillionEstimate, page
-from jobs.bulk import BulkConfig, _event_log, _events, _tracked
+from jobs.bulk import BulkConfig, _event_log, _events, _tracked, run
 from pipelines.checks import check_store, gpus_for
 from pipelines.failed_rows import FailedRows
 from pipelines.model import ModelConfig
@@ -36,10 +39,48 @@ def test_every_failure_is_an_event_and_progress_adds_up(tmp_path: Path) -> None:
     events = [json.loads(line) for line in (tmp_path / "logs" / "run.jsonl").read_text().splitlines()]
     assert [event["event"] for event in events] == ["started", "progress", "row_failed", "progress"]
     assert (events[2]["id"], events[2]["error"]) == ("eve", "too long")
-    assert (events[3]["rows_done"], events[3]["rows_failed"], events[3]["images"]) == (3, 1, 5)
+    assert [events[3][name] for name in ("rows_done", "rows_failed", "rows_open", "images")] == [3, 1, 0, 5]
     assert (events[1]["rows"], events[3]["seconds_left"]) == (3, 0)
     assert events[1]["seconds_left"] == pytest.approx(4, abs=1)
     assert events[3]["images_per_second"] == pytest.approx(2.5, rel=0.1)
+
+
+def test_a_log_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for log in (tmp_path, tmp_path / "file" / "run.jsonl"):
+        with pytest.raises(ParameterError, match=f"log must be a file that can be written, is {log} "):
+            run(BulkConfig(manifest="rows.jsonl", output="out", log=log, track=False))
+
+
+def test_a_run_that_ends_early_says_so_in_its_log(tmp_path: Path) -> None:
+    config = BulkConfig(
+        manifest=str(tmp_path / "no.jsonl"), output=str(tmp_path), log=tmp_path / "log.jsonl", track=False
+    )
+    with pytest.raises(StorageError):
+        run(config)
+    (event,) = map(json.loads, config.log.read_text().splitlines())
+    assert (event["event"], event["kind"]) == ("stopped", "StorageError")
+    assert "no.jsonl" in event["error"]
+
+
+def test_what_ends_a_run_from_without_is_tracked_as_killed(tmp_path: Path) -> None:
+    tracking_uri = f"sqlite:///{tmp_path}/mlflow.db"
+    config = BulkConfig(manifest="rows.jsonl", output="ada's run/", model=ModelConfig(tracking_uri=tracking_uri))
+    earlier = open_run(tracking_uri, str(Path("ada's run").absolute()))
+
+    def end() -> None:
+        with _tracked(config) as tell:
+            tell(Tally(rows=1, images=1), None)
+            sys.exit(15)
+
+    with pytest.raises(SystemExit):
+        end()
+    (tracked,) = MlflowClient(tracking_uri).search_runs(["1"])
+    assert (tracked.info.run_id, tracked.info.status) == (earlier.run_id, "KILLED")
+    assert tracked.data.metrics["rows_done"] == 0
+    with pytest.raises(SystemExit), _tracked(config):
+        sys.exit(15)
+    assert MlflowClient(tracking_uri).get_run(earlier.run_id).info.status == "KILLED"
 
 
 def test_points_that_a_tracking_server_missed_are_told(
@@ -51,6 +92,11 @@ def test_points_that_a_tracking_server_missed_are_told(
         assert tell is not None
         tell(Tally(rows=1, images=1), None)
     assert "1 points of the curves are lost: MLflow at http://127.0.0.1:9" in capsys.readouterr().err
+    began = time.perf_counter()
+    with _tracked(BulkConfig(manifest="rows.jsonl", output="s3://bucket/run", model=away)):
+        pass
+    assert time.perf_counter() - began < 1, "a run that has nothing to tell does not wait for MLflow"
+    assert not capsys.readouterr().err
 
 
 def test_failures_are_bounded_by_number_or_by_share() -> None:
