@@ -5,6 +5,7 @@ pictures are denoised and committed. Each stage takes what the one before left, 
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
@@ -37,6 +38,9 @@ RECENT = 32
 """Concepts that an encoder keeps at hand: rows of one subject stand side by side as a rule."""
 
 log = logging.getLogger("instantbooth.personalize")
+
+# A task has one CPU, and a picture of 50 million pixels takes half a gigabyte to decode: one at a time.
+_decoding = threading.Lock()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,6 +207,7 @@ def _images(uris: Iterable[str], folder: Path) -> tuple[Image.Image, ...]:
 
 def _image(uri: str) -> Image.Image:
     data = patiently(lambda: read_uri(uri, max_bytes=MAX_FILE_BYTES))
-    image = decode_image(data, name=uri)
-    image.thumbnail((MAX_REFERENCE_SIDE, MAX_REFERENCE_SIDE))
+    with _decoding:
+        image = decode_image(data, name=uri)
+        image.thumbnail((MAX_REFERENCE_SIDE, MAX_REFERENCE_SIDE))
     return image

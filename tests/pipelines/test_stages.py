@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -11,9 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from instantbooth import Personalizer
 from instantbooth.errors import ImageError, MissingObjectError, OversizedObjectError, StorageError
+from instantbooth.images import decode_image
 from instantbooth.ledger import RECORDS
 from instantbooth.manifest import ManifestRow
 from instantbooth.storage import FileStore
@@ -129,6 +132,21 @@ def test_relative_paths_are_meant_from_the_drivers_folder(
     assert work.failure is None
     assert len(work.references) == len(work.masks) == 1
     assert work.row.images == ("photo.png",)
+
+
+def test_a_task_decodes_one_picture_at_a_time(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoding, most = [], []
+
+    def decode(data: bytes, *, name: str) -> Image.Image:
+        decoding.append(name)
+        most.append(len(decoding))
+        time.sleep(0.02)
+        decoding.remove(name)
+        return decode_image(data, name=name)
+
+    monkeypatch.setattr("pipelines.stages.decode_image", decode)
+    bench.fetched(*(bench.row(f"row-{number}") for number in range(4)))
+    assert most == [1] * 4
 
 
 def test_an_output_that_cannot_keep_a_concept_leaves_rows_open(bench: Bench) -> None:
