@@ -72,7 +72,7 @@ class PersonalizeReport:
     exactly_once: bool = True
     """Whether the output honours conditional writes."""
     made: int = 0
-    """Pictures made by the last run that had anything to do."""
+    """Pictures made by the run that wrote this report: none, where the run before it was stopped when all were made."""
     seconds: float = 0.0
     """Of that run, loading the models included."""
     images_per_second: float = 0.0

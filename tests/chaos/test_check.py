@@ -1,4 +1,8 @@
-"""The check of the chaos runs notices what it is there for."""
+"""The check of the chaos runs notices what it is there for: outputs with a fault each, and what broken ledgers leave.
+
+These ledgers are driven by hand here, by as few calls as show their defects, on a folder that loses answers. Every
+interleaving of calls is the matter of test_ledger.py; that the job's own stages keep to the ledger, of the chaos runs.
+"""
 
 from __future__ import annotations
 
