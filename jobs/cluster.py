@@ -12,6 +12,8 @@ from pathlib import Path
 import ray
 import ray.data
 
+from instantbooth.errors import ParameterError
+
 ROOT = Path(__file__).resolve().parent.parent
 OBJECT_STORE_BYTES = 512 * 2**20
 MIN_LOGICAL_CPUS = 4
@@ -22,14 +24,21 @@ MIN_LOGICAL_CPUS = 4
 def ray_cluster() -> Iterator[None]:
     """The cluster at RAY_ADDRESS (set inside a Ray job), else one started on this machine and stopped at the end.
 
-    A cluster that this process is connected to already is used and left as it is.
+    A cluster that this process is connected to already is used and left as it is. Raises ParameterError for a
+    RAY_ADDRESS at which no Ray answers.
     """
     set_up_ray_data()
     if ray.is_initialized():
         yield
         return
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level=logging.ERROR)
+    if address := os.environ.get("RAY_ADDRESS"):
+        try:
+            ray.init(logging_level=logging.ERROR)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ParameterError(
+                f"RAY_ADDRESS must name a Ray that runs, is {address!r} ({error}); start that one, correct the "
+                "address, or unset it for a Ray of the job's own"
+            ) from error
     else:
         # Another Ray on this machine, or one that was killed here, would be connected to otherwise.
         ray.init(

@@ -54,7 +54,7 @@ class Pool:
     max: int = 1
     """Actors that there may be where work waits and the cluster has room, now or once it has grown."""
     gpus: float = 0.0
-    """GPUs that each of them claims, a fraction if several shall share one; with 0 it computes on the CPU."""
+    """Share of a GPU that each of them claims, 1 for a whole one; with 0 it computes on the CPU."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.min <= self.max:
