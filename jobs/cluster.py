@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from instantbooth.errors import ParameterError
 
 ROOT = Path(__file__).resolve().parent.parent
 OBJECT_STORE_BYTES = 512 * 2**20
+ANSWER_S = 10.0
+"""So long a Ray that is named may take to answer."""
 MIN_LOGICAL_CPUS = 4
 """Ray's CPUs are only counted, not bound: with 2, a pipeline's own stages and two training workers stall each other."""
 
@@ -33,6 +36,7 @@ def ray_cluster() -> Iterator[None]:
         return
     if address := os.environ.get("RAY_ADDRESS"):
         try:
+            _knock(address)
             ray.init(logging_level=logging.ERROR)
         except (OSError, RuntimeError, ValueError) as error:
             raise ParameterError(
@@ -58,6 +62,13 @@ def ray_cluster() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Raises OSError where nobody listens at host:port: Ray would try for minutes. Other addresses are Ray's."""
+    host, _, port = address.rpartition(":")
+    if "://" not in address and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), ANSWER_S).close()
 
 
 def import_path() -> dict[str, str]:

@@ -32,10 +32,10 @@ def test_without_a_terminal_lines_tell_how_far_it_is(
 
 def test_an_address_without_a_ray_is_told_in_a_line() -> None:
     code = "from jobs import cli, cluster\nwith cli.ending(), cluster.ray_cluster(): pass"
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}/platform{os.pathsep}{ROOT}", "RAY_ADDRESS": "nowhere"}
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}/platform{os.pathsep}{ROOT}", "RAY_ADDRESS": "127.0.0.1:9"}
     ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert ended.returncode == 2
-    assert "error: RAY_ADDRESS must name a Ray that runs, is 'nowhere' (" in ended.stderr
+    assert "error: RAY_ADDRESS must name a Ray that runs, is '127.0.0.1:9' (" in ended.stderr
     assert "Traceback" not in ended.stderr
 
 
