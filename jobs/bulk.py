@@ -25,6 +25,9 @@ from pipelines.personalize import PersonalizeConfig, Tally, personalize
 EVERY_S = 10.0
 """Seconds between two lines, and between two points of a curve in MLflow."""
 
+CLOSING_S = 30.0
+"""So long MLflow is waited for at the end, where it was told anything."""
+
 Tell = Callable[[Tally, Outcome | None], None]
 
 
@@ -158,7 +161,7 @@ def _tracked(config: BulkConfig) -> Iterator[Tell | None]:
         status = "KILLED"
         raise
     finally:
-        if missed := delivery.close(status=status):
+        if missed := delivery.close(CLOSING_S, status=status):
             why = delivery.trouble or f"MLflow at {config.model.tracking_uri} did not answer in time"
             Console(stderr=True, soft_wrap=True).print(f"{missed} points of the curves are lost: {why}")
 
