@@ -15,14 +15,18 @@ from typing import IO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from instantbooth.errors import TrackingError
-from instantbooth.tracking import Delivery, open_run
+from instantbooth.errors import ParameterError
+from instantbooth.storage import absolute_uri
+from instantbooth.tracking import Delivery
 from jobs.cluster import ray_cluster
 from pipelines.outcome import PAGE, Outcome, PersonalizeReport
 from pipelines.personalize import PersonalizeConfig, Tally, personalize
 
 EVERY_S = 10.0
 """Seconds between two lines, and between two points of a curve in MLflow."""
+
+CLOSING_S = 30.0
+"""So long MLflow is waited for at the end, where it was told anything."""
 
 Tell = Callable[[Tally, Outcome | None], None]
 
@@ -48,7 +52,7 @@ def run(config: BulkConfig) -> PersonalizeReport:
             if tracked is not None:
                 tracked(tally, outcome)
 
-        with _tracked(config) as tracked:
+        with _stop_told(write), _tracked(config) as tracked:
             report = personalize(config, tell, ray_cluster)
         write("finished", {name: value for name, value in asdict(report).items() if name != "gpus"})
     console = Console(soft_wrap=True)
@@ -57,6 +61,18 @@ def run(config: BulkConfig) -> PersonalizeReport:
     if not report.exactly_once:
         console.print("NOT EXACTLY ONCE: the store has no conditional writes", style="bold red")
     return report
+
+
+@contextmanager
+def _stop_told(write: Callable[[str, dict[str, object]], None]) -> Iterator[None]:
+    """The event of a run that ends otherwise than well."""
+    try:
+        yield
+    except BaseException as error:
+        # Of an error in a worker Ray makes one whose text is a traceback.
+        cause = getattr(error, "cause", error)
+        write("stopped", {"kind": type(cause).__name__, "error": str(cause)})
+        raise
 
 
 def _events(write: Callable[[str, dict[str, object]], None]) -> Tell:
@@ -81,6 +97,7 @@ def _counters(tally: Tally) -> dict[str, object]:
     return {
         "rows_done": tally.done,
         "rows_failed": tally.failed,
+        "rows_open": tally.open,
         "images": tally.made,
         "images_per_second": round(tally.images_per_second, 3),
     }
@@ -91,8 +108,13 @@ def _event_log(path: Path | None) -> Iterator[Callable[[str, dict[str, object]],
     """Writes an event with its time and values as one line of JSON."""
     file: IO[str] | None = None if path is None and sys.stderr.isatty() else sys.stderr
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("a")
+        except OSError as error:
+            raise ParameterError(
+                f"log must be a file that can be written, is {path} ({error}); name another"
+            ) from error
 
     def write(event: str, values: dict[str, object]) -> None:
         if file is not None:
@@ -129,22 +151,19 @@ def _tracked(config: BulkConfig) -> Iterator[Tell | None]:
     if not config.track:
         yield None
         return
-    delivery = Delivery(config.model.tracking_uri, config.output)
+    delivery = Delivery(config.model.tracking_uri, absolute_uri(config.output))
     status = "FAILED"
     try:
         yield _curves(delivery)
         status = "FINISHED"
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
+        # Ray makes a SIGTERM a SystemExit.
         status = "KILLED"
         raise
     finally:
-        missed, why = delivery.close(), ""
-        try:
-            open_run(config.model.tracking_uri, config.output).end(status)
-        except TrackingError as error:
-            why = f": {error}"
-        if missed or why:
-            Console(stderr=True, soft_wrap=True).print(f"{missed} points of the curves are lost{why}")
+        if missed := delivery.close(CLOSING_S, status=status):
+            why = delivery.trouble or f"MLflow at {config.model.tracking_uri} did not answer in time"
+            Console(stderr=True, soft_wrap=True).print(f"{missed} points of the curves are lost: {why}")
 
 
 def _curves(delivery: Delivery) -> Tell:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +13,12 @@ from pathlib import Path
 import ray
 import ray.data
 
+from instantbooth.errors import ParameterError
+
 ROOT = Path(__file__).resolve().parent.parent
 OBJECT_STORE_BYTES = 512 * 2**20
+ANSWER_S = 10.0
+"""So long a Ray that is named may take to answer."""
 MIN_LOGICAL_CPUS = 4
 """Ray's CPUs are only counted, not bound: with 2, a pipeline's own stages and two training workers stall each other."""
 
@@ -22,14 +27,22 @@ MIN_LOGICAL_CPUS = 4
 def ray_cluster() -> Iterator[None]:
     """The cluster at RAY_ADDRESS (set inside a Ray job), else one started on this machine and stopped at the end.
 
-    A cluster that this process is connected to already is used and left as it is.
+    A cluster that this process is connected to already is used and left as it is. Raises ParameterError for a
+    RAY_ADDRESS at which no Ray answers.
     """
     set_up_ray_data()
     if ray.is_initialized():
         yield
         return
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level=logging.ERROR)
+    if address := os.environ.get("RAY_ADDRESS"):
+        try:
+            _knock(address)
+            ray.init(logging_level=logging.ERROR)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ParameterError(
+                f"RAY_ADDRESS must name a Ray that runs, is {address!r} ({error}); start that one, correct the "
+                "address, or unset it for a Ray of the job's own"
+            ) from error
     else:
         # Another Ray on this machine, or one that was killed here, would be connected to otherwise.
         ray.init(
@@ -49,6 +62,13 @@ def ray_cluster() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Raises OSError where nobody listens at host:port: Ray would try for minutes. Other addresses are Ray's."""
+    host, _, port = address.rpartition(":")
+    if "://" not in address and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), ANSWER_S).close()
 
 
 def import_path() -> dict[str, str]:

@@ -36,8 +36,9 @@ from jobs.report import Curve, Subject, write_contact_sheet, write_page
 from jobs.train import TrainConfig, TrainReport, train
 from pipelines.ingest import IngestConfig, IngestReport, ingest
 from pipelines.model import ModelConfig
-from pipelines.outcome import FAILED, SUCCEEDED
+from pipelines.outcome import SUCCEEDED
 from pipelines.personalize import load_manifest
+from pipelines.places import FAILED
 from pipelines.plan import IMAGES
 
 

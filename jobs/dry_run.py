@@ -16,6 +16,7 @@ from instantbooth.errors import ParameterError
 from instantbooth.manifest import ManifestRow, read_prompt_sets, scan_manifest
 from instantbooth.parameters import check_range
 from instantbooth.storage import check_uri, open_uri, read_uri
+from pipelines.places import check_manifest_apart
 
 DRY_RUN = "--dry-run"
 MEASURED_SECONDS_PER_STEP = 0.04
@@ -91,10 +92,11 @@ def main() -> None:
 def dry_run(config: DryRunConfig) -> Tally:
     """Prints every fault of every row as it is found, and returns the counts.
 
-    Raises StorageError where manifest or prompt sets cannot be read or `output` is at no known place, and
-    ManifestError for prompt sets that cannot be used.
+    Raises StorageError where manifest or prompt sets cannot be read or `output` is at no known place, ParameterError
+    where the run would replace its own manifest, and ManifestError for prompt sets that cannot be used.
     """
     check_uri(config.output)
+    check_manifest_apart(config.manifest, config.output)
     prompt_sets = read_prompt_sets(read_uri(config.prompt_sets)) if config.prompt_sets else None
     tally = Tally(default_steps=config.num_inference_steps)
     with open_uri(config.manifest) as file:

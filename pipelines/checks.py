@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import Protocol
 
 import ray
 
 from instantbooth.errors import ConditionalWriteError, MissingObjectError, ParameterError
 from instantbooth.ledger import SELF_TEST, Ledger
-from instantbooth.storage import FileStore, ObjectStore, open_store, patiently
-from pipelines.outcome import FAILED
+from instantbooth.storage import ObjectStore, open_store, patiently
 from pipelines.plan import CONCEPTS
 
 FETCHING_CPUS = 1
@@ -43,16 +43,6 @@ def check_store(store: ObjectStore, *, allow_unconditional: bool) -> bool:
         return False
 
 
-def check_manifest_apart(manifest: str, output: str) -> None:
-    """Raises ParameterError for a manifest that the job itself would replace at its end."""
-    folder, slash, name = manifest.rpartition("/")
-    if name == FAILED and _place(folder + slash or ".") == _place(output):
-        raise ParameterError(
-            f"{manifest} is what the run would replace, with what it tells of succeeded rows; pass another --output, "
-            f"and --concepts {output} to reuse its concepts"
-        )
-
-
 def check_concepts(uri: str) -> None:
     """Raises StorageError where an earlier output is not there or cannot be read: every row would meet with that."""
     store = open_store(uri)
@@ -63,9 +53,10 @@ def check_concepts(uri: str) -> None:
 def check_actors(actors: int, gpus_per_actor: float) -> None:
     """Raises ParameterError where the cluster lacks what so many actors, and a task that feeds them, take."""
     have = ray.cluster_resources()
-    if (gpus := actors * gpus_per_actor) > have.get("GPU", 0):
+    if (gpus := gpus_for([gpus_per_actor] * actors)) > have.get("GPU", 0):
         raise ParameterError(
-            f"the actors ask for {gpus:g} GPU, the cluster has {have.get('GPU', 0):g}; lower actors or gpus_per_actor"
+            f"{actors} actors of {gpus_per_actor:g} GPU each ask for {gpus} GPU, none on two at once; the cluster has "
+            f"{have.get('GPU', 0):g}; lower actors or gpus_per_actor"
         )
     if actors + 1 > have.get("CPU", 0):
         raise ParameterError(
@@ -74,14 +65,28 @@ def check_actors(actors: int, gpus_per_actor: float) -> None:
         )
 
 
+def gpus_for(shares: Iterable[float]) -> int:
+    """GPUs on which actors with these shares of one find room, the largest placed first: no share lies on two."""
+    free: list[float] = []
+    for share in sorted(filter(None, shares), reverse=True):
+        # Ray counts in ten thousandths.
+        place = next((number for number, room in enumerate(free) if room > share - 1e-4), None)
+        if place is None:
+            free.append(1 - share)
+        else:
+            free[place] -= share
+    return len(free)
+
+
 def check_cluster(concept: Wanted, diffusion: Wanted) -> None:
     """Raises ParameterError where the cluster lacks what the pools start with: Ray would wait for it in silence."""
     have = ray.cluster_resources()
-    gpus = concept.min * concept.gpus + diffusion.min * diffusion.gpus
+    gpus = gpus_for([concept.gpus] * concept.min + [diffusion.gpus] * diffusion.min)
     if gpus > have.get("GPU", 0):
         raise ParameterError(
-            f"the pools start with {gpus:g} GPU, the cluster has {have.get('GPU', 0):g}; lower concept.gpus, "
-            "diffusion.gpus or min"
+            f"the pools start with {concept.min} actors of {concept.gpus:g} GPU and {diffusion.min} of "
+            f"{diffusion.gpus:g}, none on two at once, which takes {gpus} GPU; the cluster has "
+            f"{have.get('GPU', 0):g}; lower concept.gpus, diffusion.gpus or min"
         )
     cpus = concept.min + diffusion.min + FETCHING_CPUS
     if cpus > have.get("CPU", 0):
@@ -89,9 +94,3 @@ def check_cluster(concept: Wanted, diffusion: Wanted) -> None:
             f"the pools start with {concept.min} + {diffusion.min} actors of one CPU each, and fetching takes "
             f"{FETCHING_CPUS} more; the cluster has {have.get('CPU', 0):g}; lower concept.min or diffusion.min"
         )
-
-
-def _place(uri: str) -> object:
-    """Equal for two names of one folder or prefix."""
-    store = open_store(uri)
-    return store.root.resolve() if isinstance(store, FileStore) else store

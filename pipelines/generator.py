@@ -96,6 +96,7 @@ class ImageGenerator(Actor):
         return data, {**provenance, "node": self.node, "seconds": rounded}
 
     def _judged(self, error: Exception) -> Failure:
+        """A picture for which the device has no room even alone has failed: it is its size, which the row asked for."""
         if isinstance(error, EngineError) and not self.engine.alive:
             # A broken engine says nothing about a picture: the job stops, and goes on when run again.
             leave_a_dead_device(self.device, error)

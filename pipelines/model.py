@@ -16,7 +16,7 @@ from instantbooth.model.loading import DTYPES, Precision
 from instantbooth.model.subjects import SubjectEncoder
 from instantbooth.model.weights import CONFIG_FILE, read_tensors, tensors_digest, trained_parts
 from instantbooth.presets import tracking_uri
-from instantbooth.tracking import absolute_tracking_uri, resolve_weights
+from instantbooth.tracking import absolute_tracking_uri, resolve_version, resolve_weights
 from pipelines.plan import ModelIdentity
 
 
@@ -45,6 +45,12 @@ class ModelConfig:
         named = {name: getattr(self, name) for name in ("base", "image_encoder", "segmenter", "weights")}
         folders = {name: str(Path(part).absolute()) for name, part in named.items() if part and Path(part).is_dir()}
         return replace(self, tracking_uri=absolute_tracking_uri(self.tracking_uri), **folders)
+
+    def pinned(self) -> ModelConfig:
+        """The same with the version that an alias names now: who loads it later gets that one. Raises WeightsError."""
+        if not self.weights or not self.weights.startswith("models:/"):
+            return self
+        return replace(self, weights=resolve_version(self.weights, self.tracking_uri).uri)
 
     def identity(self) -> ModelIdentity:
         """What of the model determines pictures, without loading it.

@@ -19,10 +19,10 @@ from instantbooth.ledger import RECORDS, Ledger, Record
 from instantbooth.manifest import ManifestRow
 from instantbooth.storage import ObjectStore, patiently, read_uri
 from pipelines.page import render, thumbnail_uri
+from pipelines.places import FAILED
 from pipelines.plan import ModelIdentity, Piece, pieces
 
 SUCCEEDED = "succeeded.jsonl"
-FAILED = "failed.jsonl"
 REPORT = "report.json"
 PAGE = "report.html"
 SUCCESS = "_SUCCESS.json"
@@ -72,7 +72,7 @@ class PersonalizeReport:
     exactly_once: bool = True
     """Whether the output honours conditional writes."""
     made: int = 0
-    """Pictures made by the last run that had anything to do."""
+    """Pictures made by the run that wrote this report: none, where the run before it was stopped when all were made."""
     seconds: float = 0.0
     """Of that run, loading the models included."""
     images_per_second: float = 0.0
@@ -201,28 +201,36 @@ def _write_line(row: ManifestRow, made: Made, model: ModelIdentity, succeeded: I
         succeeded.write(_succeeded_line(row, made, model))
 
 
-def _succeeded_line(row: ManifestRow, made: Made, model: ModelIdentity) -> bytes:
-    images = [
+def _pictures(made: Made) -> list[dict[str, object]]:
+    return [
         {"key": record.key, "prompt": piece.prompt, "seed": piece.seed, "sha256": record.sha256}
         for piece, record in made
+        if record.status == "succeeded"
     ]
+
+
+def _succeeded_line(row: ManifestRow, made: Made, model: ModelIdentity) -> bytes:
     line = {
         "id": row.id,
         "class_noun": row.class_noun,
         "metadata": dict(row.metadata),
         "weights": model.weights,
         "concept": made[0][1].details["concept"],
-        "images": images,
+        "images": _pictures(made),
     }
     return f"{json.dumps(line)}\n".encode()
 
 
 def _failed_line(row: ManifestRow, made: Made) -> bytes:
-    """The row as it came, which makes it a manifest to run again, and what was wrong."""
-    first = next(record for _, record in made if record.status == "failed")
-    wrong = {name: first.details[name] for name in ("code", "error")}
-    again = json.loads(replace(row, attempt=row.attempt + 1).to_json())
-    return f"{json.dumps(again | wrong)}\n".encode()
+    """The row with the prompts that lack a picture, a manifest to run again; what was wrong; and what was made.
+
+    A prompt that lacks one of several pictures is run again whole, by the same seeds.
+    """
+    failures = [(piece, record) for piece, record in made if record.status == "failed"]
+    wrong = {name: failures[0][1].details[name] for name in ("code", "error")}
+    prompts = tuple(dict.fromkeys(piece.prompt for piece, _ in failures))
+    again = json.loads(replace(row, prompts=prompts, attempt=row.attempt + 1).to_json())
+    return f"{json.dumps(again | wrong | {'pictures': _pictures(made)})}\n".encode()
 
 
 def _completed(run: PersonalizeReport, summary: Summary, model: ModelIdentity) -> PersonalizeReport:

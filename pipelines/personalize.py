@@ -3,7 +3,8 @@
 Every picture is a piece of work in the ledger: made once, however often the job is killed and started again. The
 output holds `images/<row id>/<prompt>-<number>-<work>.png`, each with its provenance inside; `concepts/`; `records/`,
 the truth; `_FAILURES.json`, how many rows have failed so far; and at the end `succeeded.jsonl` and `failed.jsonl`, a
-line for each row, `report.json`, `report.html`, and `_SUCCESS.json`. A manifest is read as a stream, once to plan and
+line for each row (`failed.jsonl` has the prompts that failed, and beside them the pictures that were made all the
+same), `report.json`, `report.html`, and `_SUCCESS.json`. A manifest is read as a stream, once to plan and
 once to tell the outcome, so that it may be long.
 """
 
@@ -16,6 +17,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import file_digest
+from pathlib import Path
 from typing import Any
 
 import ray.data
@@ -25,12 +27,13 @@ from instantbooth.images import OUTPUT_FORMATS
 from instantbooth.ledger import Ledger, work_id
 from instantbooth.manifest import ManifestRow, PromptSets, read_prompt_sets, scan_manifest
 from instantbooth.model.loading import Precision
-from instantbooth.storage import open_store, open_uri, patiently, read_uri
-from pipelines.checks import check_cluster, check_concepts, check_manifest_apart, check_store
+from instantbooth.storage import absolute_uri, open_store, open_uri, patiently, read_uri
+from pipelines.checks import check_cluster, check_concepts, check_store
 from pipelines.failed_rows import FailedRows
 from pipelines.generator import ImageGenerator, engine_config
 from pipelines.model import ModelConfig
-from pipelines.outcome import FAILED, SUCCESS, Outcome, PersonalizeReport, earlier_report, write_outcome
+from pipelines.outcome import SUCCESS, Outcome, PersonalizeReport, earlier_report, write_outcome
+from pipelines.places import FAILED, check_manifest_apart
 from pipelines.plan import ModelIdentity, Settled, Task, packed, pieces
 from pipelines.stages import ConceptEncoder, StageConfig, fetch_references
 
@@ -51,13 +54,13 @@ class Pool:
     max: int = 1
     """Actors that there may be where work waits and the cluster has room, now or once it has grown."""
     gpus: float = 0.0
-    """GPUs that each of them claims, a fraction if several shall share one; with 0 it computes on the CPU."""
+    """Share of a GPU that each of them claims, 1 for a whole one; with 0 it computes on the CPU."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.min <= self.max:
             raise ParameterError(f"a pool must have 1 ≤ min ≤ max, has {self.min} and {self.max}; correct them")
-        if self.gpus < 0 or (self.gpus > 1 and self.gpus != int(self.gpus)):
-            raise ParameterError(f"gpus must be a fraction of one or a whole number, is {self.gpus}; correct it")
+        if not 0 <= self.gpus <= 1:
+            raise ParameterError(f"gpus must be from 0 to 1, is {self.gpus}; correct it, and raise max to use more")
 
     def arguments(self, stages: StageConfig, **strategy: Any) -> dict[str, Any]:
         """How Ray Data shall run the pool's actors."""
@@ -144,9 +147,9 @@ class Tally:
     """Rows worked on, failed and open ones included."""
     failed: int = 0
     open: int = 0
-    """Rows that could not be done for now."""
+    """Rows that could not be done for now; one of which a picture has failed already is no such row."""
     why_open: str = ""
-    """What stood in the way of the last of them."""
+    """What stood in the way of the last picture that is open."""
     made: int = 0
     """Pictures made."""
     started: float = field(default_factory=time.monotonic)
@@ -165,8 +168,8 @@ class Tally:
         """Counts a row in."""
         self.done += 1
         self.failed += bool(outcome.failed)
+        self.open += bool(outcome.open) and not outcome.failed
         if outcome.open:
-            self.open += 1
             self.why_open = f"{outcome.id}: {outcome.error}"
         self.made += outcome.succeeded
 
@@ -191,6 +194,7 @@ def personalize(
     started = time.perf_counter()
     check_manifest_apart(config.manifest, config.output)
     store = open_store(config.output)
+    config = replace(config, model=config.model.pinned())
     model = replace(config.model.identity(), image_format=config.image_format, precision=config.precision)
     manifest = Manifest(config)
     job = work_id("job", manifest.digest(), vars(model))
@@ -302,11 +306,13 @@ def _plan(
 
 
 def _stages(config: PersonalizeConfig, model: ModelIdentity, *, conditional: bool) -> StageConfig:
+    """What workers have to know, whose working directories are others: pictures are known by names as written."""
     return StageConfig(
-        output=config.output,
-        model=config.model,
+        output=absolute_uri(config.output),
+        folder=Path.cwd(),
+        model=config.model.absolute(),
         identity=model,
-        concepts=config.concepts,
+        concepts=config.concepts and absolute_uri(config.concepts),
         conditional=conditional,
         row_budget=config.row_budget,
         exact=config.exact,
@@ -337,20 +343,22 @@ def _generate(
     )
     tally.started = time.monotonic()
     on_row(tally, None)
-    for result in results.iter_rows():
-        outcome = Outcome(**result)
-        tally.add(outcome)
-        if outcome.failed:
-            failed.add()
-        on_row(tally, outcome)
-        _check_failures(config, tally, failed, outcome)
+    try:
+        for result in results.iter_rows():
+            outcome = Outcome(**result)
+            tally.add(outcome)
+            if outcome.failed:
+                failed.add(outcome.id, is_open=bool(outcome.open))
+            on_row(tally, outcome)
+            _check_failures(config, tally, failed, outcome)
+    finally:
+        failed.save()
 
 
 def _check_failures(config: PersonalizeConfig, tally: Tally, failed: FailedRows, last: Outcome | None = None) -> None:
     """Raises InstantBoothError once more rows have failed, in all runs, or could not be done, in this one, than may."""
     if config.max_failures is None or failed.count + tally.open <= _bound(config.max_failures, tally.manifest_rows):
         return
-    failed.save()
     example = f", at last {last.id}: {last.error}" if last is not None else ""
     raise InstantBoothError(
         f"{failed.count} of {tally.manifest_rows} rows have failed so far and {tally.open} could not be done for now, "

@@ -4,12 +4,15 @@ pictures are denoised and committed. Each stage takes what the one before left, 
 
 from __future__ import annotations
 
+import logging
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,12 +20,12 @@ import torch
 from PIL import Image
 
 from instantbooth import Concept
-from instantbooth.errors import InstantBoothError, MissingObjectError, StorageError, WeightsError
+from instantbooth.errors import ConceptError, InstantBoothError, MissingObjectError, StorageError, WeightsError
 from instantbooth.images import decode_image
 from instantbooth.ledger import Ledger
 from instantbooth.manifest import ManifestRow
-from instantbooth.storage import ObjectStore, open_store, patiently, read_uri
-from pipelines.failures import Failure, judged
+from instantbooth.storage import ObjectStore, absolute_uri, open_store, patiently, read_uri
+from pipelines.failures import Failure, judged, lacks_device_memory
 from pipelines.model import ModelConfig
 from pipelines.plan import ModelIdentity, Piece, Task, concept_key, pieces, unpacked
 
@@ -34,6 +37,11 @@ READERS = 8
 RECENT = 32
 """Concepts that an encoder keeps at hand: rows of one subject stand side by side as a rule."""
 
+log = logging.getLogger("instantbooth.personalize")
+
+# A task has one CPU, and a picture of 50 million pixels takes half a gigabyte to decode: one at a time.
+_decoding = threading.Lock()
+
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
@@ -41,6 +49,8 @@ class StageConfig:
 
     output: str
     """URI of the output."""
+    folder: Path
+    """From which a row's relative paths are meant: the driver's working directory, which is no worker's."""
     model: ModelConfig
     identity: ModelIdentity
     """What `model` must turn out to be."""
@@ -57,12 +67,12 @@ class StageConfig:
         return Ledger(open_store(self.output), conditional=self.conditional)
 
     def check_weights(self) -> None:
-        """Raises WeightsError where the weights' name has come to mean others than when the job started."""
+        """Raises WeightsError where the weights are others than when the job started."""
         found = self.model.identity().weights
         if found != self.identity.weights:
             raise WeightsError(
                 f"{self.model.weights} changed from {self.identity.weights[:12]} to {found[:12]} while the job "
-                "started; name a version, not an alias, and run the job again"
+                "started; write new weights elsewhere, and run the job again"
             )
 
 
@@ -144,11 +154,13 @@ class ConceptEncoder(Actor):
                 data = self._encoded(work)
                 seconds = {**seconds, "encode": time.perf_counter() - started}
                 # Where two actors encode one subject, the first concept stored is the one both use.
-                concept = Concept.from_bytes(self.ledger.keep(key, data), name=key)
-        except StorageError as error:
+                concept = Concept.from_bytes(self.ledger.keep(key, data), name=self.output.uri(key))
+        except (StorageError, ConceptError) as error:
+            # What is kept cannot be had, or is damaged: the row's own pictures are not at fault.
             return replace(bare, failure=Failure.of(error, transient=True))
         except Exception as error:
-            return replace(bare, failure=judged(error, self.device))
+            # What encoding takes is bounded: another process has the memory.
+            return replace(bare, failure=judged(error, self.device, transient=lacks_device_memory(error)))
         self.recent[key] = concept
         if len(self.recent) > RECENT:
             del self.recent[next(iter(self.recent))]
@@ -166,11 +178,11 @@ def _fetch(task: Task, *, stages: StageConfig, stores: list[ObjectStore]) -> Wor
     try:
         if (concept := _known_concept(concept_key(work.row, stages.identity), stores)) is not None:
             return replace(work, concept=concept, seconds={"fetch": time.perf_counter() - started})
-    except InstantBoothError as error:
-        return replace(work, failure=Failure.of(error, transient=isinstance(error, StorageError)))
+    except StorageError as error:
+        return replace(work, failure=Failure.of(error, transient=True))
     try:
-        references = tuple(_image(uri) for uri in work.row.images)
-        masks = None if work.row.masks is None else tuple(_image(uri) for uri in work.row.masks)
+        references = _images(work.row.images, stages.folder)
+        masks = None if work.row.masks is None else _images(work.row.masks, stages.folder)
         seconds = {"fetch": time.perf_counter() - started}
         return replace(work, references=references, masks=masks, seconds=seconds)
     except Exception as error:
@@ -178,17 +190,24 @@ def _fetch(task: Task, *, stages: StageConfig, stores: list[ObjectStore]) -> Wor
 
 
 def _known_concept(key: str, stores: list[ObjectStore]) -> Concept | None:
-    """From the first store that has it. StorageError where one cannot be asked, ConceptError for a damaged one."""
+    """From the first store that has it whole. StorageError where one cannot be asked."""
     for store in stores:
         try:
-            return Concept.from_bytes(patiently(partial(store.get, key)), name=key)
+            return Concept.from_bytes(patiently(partial(store.get, key)), name=store.uri(key))
         except MissingObjectError:
             continue
+        except ConceptError as error:
+            log.warning("%s; the subject is encoded anew", error)
     return None
+
+
+def _images(uris: Iterable[str], folder: Path) -> tuple[Image.Image, ...]:
+    return tuple(_image(absolute_uri(uri, folder)) for uri in uris)
 
 
 def _image(uri: str) -> Image.Image:
     data = patiently(lambda: read_uri(uri, max_bytes=MAX_FILE_BYTES))
-    image = decode_image(data, name=uri)
-    image.thumbnail((MAX_REFERENCE_SIDE, MAX_REFERENCE_SIDE))
+    with _decoding:
+        image = decode_image(data, name=uri)
+        image.thumbnail((MAX_REFERENCE_SIDE, MAX_REFERENCE_SIDE))
     return image

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from itertools import count
@@ -14,6 +17,8 @@ import pytest
 from instantbooth.errors import ParameterError
 from jobs import build_miniature, cli, demo, evaluate
 from jobs.benchmarks import engine
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_without_a_terminal_lines_tell_how_far_it_is(
@@ -27,6 +32,15 @@ def test_without_a_terminal_lines_tell_how_far_it_is(
     assert lines[0] == "training: 101 of 1000, loss 0.1"
     assert re.fullmatch(r"training: 10\d of 1000, loss 0\.1, \S+ a second, 0:\d\d:\d\d left", lines[1])
     assert len(lines) == 2, "it looked more often than it told"
+
+
+def test_an_address_without_a_ray_is_told_in_a_line() -> None:
+    code = "from jobs import cli, cluster\nwith cli.ending(), cluster.ray_cluster(): pass"
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}/platform{os.pathsep}{ROOT}", "RAY_ADDRESS": "127.0.0.1:9"}
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert "error: RAY_ADDRESS must name a Ray that runs, is '127.0.0.1:9' (" in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 def test_a_bar_that_learns_nothing_hides_no_ending() -> None:

@@ -28,7 +28,9 @@ def test_metrics_arrive_in_one_run_whoever_opens_it(tmp_path: Path) -> None:
     assert dict(run.curve("loss")) == {step: values["loss"] for step, values in STEPS.items()}
     assert run.deliver(STEPS | {301: {"step": 301.0, "loss": 0.5}}) == 1
     assert run.deliver(STEPS) == 0
-    assert open_run(tracking_uri, output).run_id == run.run_id != open_run(tracking_uri, "s3://bucket/other").run_id
+    assert (
+        open_run(tracking_uri, f"{output}/").run_id == run.run_id != open_run(tracking_uri, "s3://bucket/other").run_id
+    )
 
 
 def test_a_step_that_was_delivered_in_part_is_delivered_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,6 +113,8 @@ def test_what_cannot_be_read_or_reckoned_with_is_refused(tmp_path: Path) -> None
     manifest = write_rows(tmp_path / "manifest.jsonl", GOOD)
     with pytest.raises(StorageError, match="gs://out is not at a known place"):
         dry_run(DryRunConfig(manifest=manifest, output="gs://out"))
+    with pytest.raises(ParameterError, match="is what the run would replace"):
+        dry_run(DryRunConfig(manifest="s3://out/run/failed.jsonl", output="s3://out/run"))
     with pytest.raises(StorageError, match=r"none\.json"):
         dry_run(config(manifest, prompt_sets=str(tmp_path / "none.json")))
     with pytest.raises(ManifestError, match="prompt sets must be one JSON object"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from hashlib import sha256
@@ -174,8 +175,21 @@ def test_a_store_without_conditional_writes_is_found_out(tmp_path: Path) -> None
             return True
 
     careless = Careless(tmp_path / "careless")
+
+    class Racing(FileStore):
+        """One that looks, and then writes."""
+
+        def put_if_absent(self, key: str, data: bytes) -> bool:
+            if self.exists(key):
+                return False
+            time.sleep(0.1)
+            self.put(key, data)
+            return True
+
     with pytest.raises(ConditionalWriteError, match="exactly once"):
         Ledger(careless).check_store()
+    with pytest.raises(ConditionalWriteError, match="exactly once"):
+        Ledger(Racing(tmp_path / "racing")).check_store()
     alone = Ledger(careless, conditional=False)
     first = alone.succeed("ab1", "images/ab1.png", b"pixels", {})
     assert alone.succeed("ab1", "images/ab1.png", b"others", {}) == first
@@ -203,5 +217,5 @@ def test_records_come_back_in_order_and_open_work_is_none(tmp_path: Path) -> Non
 def test_a_damaged_record_is_reported(tmp_path: Path) -> None:
     store = FileStore(tmp_path)
     store.put(f"{RECORDS}/ab/abc.json", b"{}")
-    with pytest.raises(StorageError, match="damaged"):
+    with pytest.raises(StorageError, match=r"records/ab/abc\.json is damaged .*delete it"):
         Ledger(store, pause_s=0).find("abc")

@@ -96,7 +96,7 @@ ROWS = st.lists(
         id=st.from_regex(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}", fullmatch=True),
         images=st.lists(st.sampled_from(["s3://in/a.jpg", "file:///b|c, d.png"]), min_size=1, max_size=16).map(tuple),
         class_noun=st.sampled_from(["person", "kitten"]),
-        prompts=st.lists(prompt_text().map("{}{{subject}}".format), min_size=1).map(tuple),
+        prompts=st.lists(prompt_text().map("{}{{subject}}".format), min_size=1, unique=True).map(tuple),
         seed=st.none() | st.integers(0, 2**63 - 1),
         guidance_scale=st.none() | st.floats(0, 30),
         adapter_scale=st.none() | st.floats(0, 2),
@@ -147,10 +147,18 @@ def test_rows_survive_being_written_and_read(kind: str, named: bool, rows: list[
         (line(masks=["a.png", "b.png"]), "masks: must be one per image, are 2 for 1"),
         (line(class_noun="catt"), "class_noun: must be a known noun, is \"catt\"; Did you mean 'cat'"),
         (line(class_noun=None), "class_noun: must be a known noun, is null"),
+        (
+            line(images=["s3://bucket"]),
+            "images: 's3://bucket' can be no object, whose key must be text of at least one",
+        ),
         (line(prompts=[]), "prompts: must be a list of at least one prompt"),
         (line(prompts="a {subject}"), "prompts: must be a list"),
         (line(prompts=["a {subject}", "a cat"]), r"prompts: must each hold \{subject\} exactly once, one is \"a cat\""),
         (line(prompts=["{subject} and {subject}"]), "prompts: must each hold"),
+        (
+            line(prompts=["a {subject}", "{subject}", "a {subject}"]),
+            r"prompts: must each be given once, \"a \{subject\}\" is given again; drop it, or raise num_images_per",
+        ),
         (
             line(prompts=["a \0{subject}"]),
             r"prompts: must hold no control character, one is \"a \\u0000\{subject\}\"; remove it",
@@ -324,6 +332,7 @@ def test_a_prompt_set_is_given_once_and_named_by_rows(kind: str) -> None:
             b'{"a": ["{subject}"], "b": [], "c": ["cat"]}',
             r'(?s)^prompt set "b": must be a list .*set "c": must each hold',
         ),
+        (b'{"a": ["{subject}", "{subject}"]}', r'^prompt set "a": must each be given once, "\{subject\}" is'),
     ],
 )
 def test_prompt_sets_follow_the_rules_of_prompts(data: bytes, fault: str) -> None:

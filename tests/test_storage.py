@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -18,8 +19,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from moto import mock_aws
 
-from instantbooth.errors import ConditionalWriteError, StorageError, TransientStorageError
-from instantbooth.storage import ObjectStore, _as_storage_error, open_store, open_uri, read_uri
+from instantbooth.errors import ConditionalWriteError, MissingObjectError, StorageError, TransientStorageError
+from instantbooth.storage import ObjectStore, _as_storage_error, check_object_uri, open_store, open_uri, read_uri
 
 
 @pytest.fixture
@@ -179,11 +180,31 @@ def test_a_place_that_no_store_serves_is_refused(uri: str) -> None:
         open_store(uri)
 
 
+@pytest.mark.parametrize(
+    ("uri", "rule"),
+    [
+        ("s3://bucket", "at least one character"),
+        ("s3://bucket/", "at least one character"),
+        ("s3://bucket/in/../x.png", "neither . nor .."),
+        ("s3://bucket/in//x.png", "no empty part"),
+        ("s3://a bucket/x.png", "must lie in a bucket of letters"),
+        (f"photos/{'x' * 256}", "at most 255 bytes"),
+    ],
+)
+def test_what_can_be_no_object_is_known_without_a_look(bucket: str, uri: str, rule: str) -> None:
+    with pytest.raises(StorageError, match=rf"{re.escape(uri)}' can be no object, whose key .*{re.escape(rule)}"):
+        check_object_uri(uri)
+    with pytest.raises(StorageError):
+        read_uri(uri)
+
+
 def test_s3_failures_name_bucket_and_key(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     absent = open_store("s3://absent/prefix")
     for operation in (absent.get, lambda key: absent.put(key, b""), lambda key: absent.put_if_absent(key, b"")):
         with pytest.raises(StorageError, match=r"s3://absent/prefix/a.*bucket does not exist"):
             operation("a")
+    with pytest.raises(MissingObjectError, match=r"s3://absent/a: .*bucket does not exist"):
+        read_uri("s3://absent/a")
     with pytest.raises(StorageError, match="list s3://absent/prefix/"):
         list(absent.list())
     with pytest.raises(StorageError, match=r"(?s)Not A Bucket/a: .*Invalid bucket name"):

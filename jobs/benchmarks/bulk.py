@@ -124,7 +124,7 @@ def measure(options: BulkBenchmark, model: ModelConfig, folder: Path) -> dict[st
         _run(options, model, store, "orders", "bulk", rows_per_batch=options.rows_per_batch)
         write_comparison(rows[:COMPARED], store, "comparison")
         _run(options, model, store, "comparison", "compared", rows_per_batch=ROWS_PER_BATCH)
-    times = [path.stat().st_mtime for path in folder.glob("bulk/images/*/*")]
+    times = [path.stat().st_mtime for path in folder.glob("bulk/images/*/[!.]*")]
     rate = steady_rate(times)
     rates = {"bulk, steady": rate, "loop, one identity at a time": loop, "engines alone, steady": alone}
     peak = options.peak_tflops or known_peak()

@@ -79,7 +79,7 @@ class MillionEstimate:
     @property
     def reads(self) -> int:
         """All of the job."""
-        return self.pictures + self.identities * (1 + self.references)
+        return self.pictures + self.identities * (2 + self.references)
 
     @property
     def storage_cost(self) -> float:
@@ -143,7 +143,7 @@ def _follows(given: MillionEstimate) -> dict[str, str]:
         "GPU cost": f"{given.gpu_hours * given.cost_per_gpu_hour:,.0f}",
         f"time on {given.gpus} GPUs": f"{hours:,.1f} h",
         "storage writes": f"{given.writes:,}: a picture and a record for each picture, a concept for each identity",
-        "storage reads": f"{given.reads:,}: references, a look for each concept, each record once at the end",
+        "storage reads": f"{given.reads:,}: references, two looks for each concept, each record once at the end",
         "storage lists": f"{given.pictures // 1000:,} pages of records where the output is full already",
         "cost of storage calls": f"{given.storage_cost:,.0f}",
         "calls a second": f"{(given.writes + given.reads) / (hours * 3600):,.0f}",

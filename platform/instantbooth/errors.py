@@ -11,6 +11,7 @@
     ├── ConceptError            a concept file damaged, or made by other encoders
     ├── StorageError            an object that cannot be read or written
     │   ├── MissingObjectError    there is no such object
+    │   ├── OversizedObjectError  an object with more bytes than are read
     │   ├── TransientStorageError the store did not answer, or not now: the same call may work later
     │   └── ConditionalWriteError a store that replaces objects which a conditional write must leave alone
     ├── TrainingError           a training that cannot go on
@@ -72,6 +73,10 @@ class StorageError(InstantBoothError):
 
 class MissingObjectError(StorageError):
     """An object that does not exist; the store itself answered."""
+
+
+class OversizedObjectError(StorageError):
+    """An object with more bytes than its reader takes."""
 
 
 class TransientStorageError(StorageError):

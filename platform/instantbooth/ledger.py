@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from hashlib import sha256
 from typing import Any, Literal
 
@@ -25,6 +26,8 @@ SELF_TEST = f"{RECORDS}/.self-test"
 """What `check_store` leaves, and every output so has."""
 READERS = 16
 """Records read at once."""
+RIVALS = 4
+"""Writers of one object at once, by which `check_store` tests a store."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +51,12 @@ class Record:
         return (json.dumps(asdict(self), sort_keys=True) + "\n").encode()
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Record:
-        """What `to_bytes` gave. StorageError for anything else."""
+    def from_bytes(cls, data: bytes, *, name: str = "a record") -> Record:
+        """What `to_bytes` gave. StorageError, with `name`, for anything else."""
         try:
             return cls(**json.loads(data))
         except (ValueError, TypeError) as error:
-            raise StorageError(f"a record is damaged ({error}); its folder was written by something else") from error
+            raise StorageError(f"{name} is damaged ({error}); delete it to have its work done again") from error
 
 
 class Ledger:
@@ -70,12 +73,18 @@ class Ledger:
         self._pause_s = pause_s
 
     def check_store(self) -> None:
-        """Raises ConditionalWriteError unless the store keeps its word on conditional writes: what is there stays."""
-        first, second = (secrets.token_bytes(8) for _ in range(2))
-        written = self._write(SELF_TEST, first)
-        replaced = self._write(SELF_TEST, second)
+        """Raises ConditionalWriteError unless the store keeps its word on conditional writes.
+
+        Of several writers at once, in a new output, one is told that it was first; and what is there stays.
+        """
+        rivals = [secrets.token_bytes(8) for _ in range(RIVALS)]
+        with ThreadPoolExecutor(RIVALS) as pool:
+            wrote = list(pool.map(partial(self._write, SELF_TEST), rivals))
+        first = [rival for rival, was_first in zip(rivals, wrote, strict=True) if was_first]
         found = self._patiently(lambda: self._store.get(SELF_TEST))
-        if replaced or found == second or (written and found != first):
+        replaced = self._write(SELF_TEST, secrets.token_bytes(8))
+        # An answer may have got lost on the way: then none of them was told to be first.
+        if replaced or first not in ([], [found]) or self._patiently(lambda: self._store.get(SELF_TEST)) != found:
             raise ConditionalWriteError(
                 f"{self._store.uri(SELF_TEST)} was replaced by a conditional write: this store cannot commit work "
                 "exactly once; use one that honours If-None-Match, in a bucket without versioning, or a file:// folder"
@@ -100,7 +109,8 @@ class Ledger:
     def find(self, work: str) -> Record | None:
         """The work's record, or None where it is open."""
         try:
-            return Record.from_bytes(self._patiently(lambda: self._store.get(_key(work))))
+            data = self._patiently(lambda: self._store.get(_key(work)))
+            return Record.from_bytes(data, name=self._store.uri(_key(work)))
         except MissingObjectError:
             return None
 

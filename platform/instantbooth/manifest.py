@@ -32,7 +32,7 @@ from typing import Any
 from instantbooth.errors import ManifestError, StorageError, did_you_mean
 from instantbooth.parameters import RANGES, range_fault
 from instantbooth.prompts import CLASS_NOUNS, MAX_PROMPT_CHARS
-from instantbooth.storage import check_uri
+from instantbooth.storage import check_object_uri
 
 ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
@@ -112,8 +112,8 @@ class ManifestRow:
 FIELDS = tuple(each.name for each in fields(ManifestRow))
 REQUIRED = ("id", "images", "class_noun", "prompts")
 PROMPT_SET = "prompt_set"
-PASSED_OVER = ("code", "error")
-"""What failed.jsonl says of a row beside the row itself."""
+PASSED_OVER = ("code", "error", "pictures")
+"""What failed.jsonl says of a row beside the row itself: what was wrong, and which of its pictures were made."""
 COLUMNS = (*FIELDS, PROMPT_SET, *PASSED_OVER)
 LISTS = ("images", "masks", "prompts")
 NUMBERS = (
@@ -457,7 +457,7 @@ def _uris_fault(value: object) -> str | None:
         return f"must be a list of 1 to {MAX_IMAGES} URIs, is {found}; list them in brackets"
     for uri in value:
         try:
-            check_uri(uri)
+            check_object_uri(uri)
         except StorageError as error:
             return str(error)
     return None
@@ -473,6 +473,9 @@ def _prompts_fault(value: object) -> str | None:
             )
         if fault := _text_fault(prompt):
             return fault
+    if len(set(value)) < len(value):
+        twice = next(prompt for prompt in value if value.count(prompt) > 1)
+        return f"must each be given once, {_shown(twice)} is given again; drop it, or raise num_images_per_prompt"
     return None
 
 

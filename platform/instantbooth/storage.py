@@ -22,14 +22,24 @@ from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
 
-from instantbooth.errors import ConditionalWriteError, MissingObjectError, StorageError, TransientStorageError
+from instantbooth.errors import (
+    ConditionalWriteError,
+    MissingObjectError,
+    OversizedObjectError,
+    StorageError,
+    TransientStorageError,
+)
 
 MAX_KEY_BYTES = 1024
 MAX_PART_BYTES = 255
 UNSTORABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
+BUCKET = re.compile(r"[A-Za-z0-9._:-]{1,255}")
+"""Of an S3 bucket's name, or an access point's ARN."""
 UNFINISHED = ".unfinished-"
 CONFLICT_TRIES = 5
 TRANSIENT_ERRNOS = (errno.EIO, errno.EAGAIN, errno.EINTR, errno.ESTALE, errno.ETIMEDOUT, errno.EBUSY)
+UNSUPPORTED_ERRNOS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)
+"""What file systems without hard links answer."""
 TRIES = 6
 """A storage call that fails for now is made so often, with growing pauses: 6 s in all."""
 
@@ -40,7 +50,7 @@ class ObjectStore(Protocol):
     """Bytes under keys. Every method raises StorageError, naming the object, for a bad key or a failed operation."""
 
     def get(self, key: str, *, max_bytes: int | None = None) -> bytes:
-        """The object's bytes; MissingObjectError where there is none, StorageError where it exceeds `max_bytes`."""
+        """The object's bytes; MissingObjectError where there is none, OversizedObjectError beyond `max_bytes`."""
         ...
 
     def put(self, key: str, data: bytes | io.BufferedIOBase) -> None:
@@ -88,12 +98,12 @@ def open_store(uri: str) -> ObjectStore:
     return FileStore(_local_path(uri).absolute())
 
 
-def absolute_uri(uri: str) -> str:
+def absolute_uri(uri: str, folder: Path | None = None) -> str:
     """The same place from any working directory: at file:// or at a plain path, as an absolute path.
 
-    Raises StorageError for another scheme.
+    A relative path is meant from `folder`; None is the working directory. Raises StorageError for another scheme.
     """
-    return uri if check_uri(uri) == "s3" else str(_local_path(uri).absolute())
+    return uri if check_uri(uri) == "s3" else str((folder or Path.cwd()) / _local_path(uri))
 
 
 def read_uri(uri: str, *, max_bytes: int | None = None) -> bytes:
@@ -144,6 +154,19 @@ def check_uri(uri: str) -> str:
     raise StorageError(f"{uri} is not at a known place; write s3://bucket/key, file:///path or a plain path")
 
 
+def check_object_uri(uri: str) -> str:
+    """The scheme of a URI that may be one object's. Raises StorageError where no store could hold such an object."""
+    scheme, fault = check_uri(uri), None
+    if scheme == "s3":
+        bucket, _, key = uri.removeprefix("s3://").partition("/")
+        fault = _key_fault(key) if BUCKET.fullmatch(bucket) else "must lie in a bucket of letters, digits and . - _"
+    elif any(len(part.encode()) > MAX_PART_BYTES for part in _local_path(uri).parts):
+        fault = f"must have at most {MAX_PART_BYTES} bytes in each part"
+    if fault:
+        raise StorageError(f"{uri!r} can be no object, whose key {fault}; write s3://bucket/folder/name or a path")
+    return scheme
+
+
 def check_key(key: str) -> str:
     """The key itself. Raises StorageError for one that could leave its store or that some store cannot hold."""
     if fault := _key_fault(key):
@@ -186,6 +209,13 @@ class FileStore:
                 os.link(unfinished, path)
             except FileExistsError:
                 return False
+            except OSError as error:
+                if error.errno not in UNSUPPORTED_ERRNOS:
+                    raise
+                raise ConditionalWriteError(
+                    f"cannot write {path}: its file system has no hard links ({error.strerror}), and so no conditional "
+                    "writes; use another"
+                ) from error
             _flush_folder(path.parent)
             return True
 
@@ -236,8 +266,9 @@ class S3Store:
         with self._operation("read", key) as (client, target):
             try:
                 answer = client.get_object(**target)
-            except client.exceptions.NoSuchKey:
-                raise MissingObjectError(f"there is no object at {self.uri(key)}; check the name") from None
+            except (client.exceptions.NoSuchKey, client.exceptions.NoSuchBucket) as error:
+                reason = error.response["Error"]["Message"]
+                raise MissingObjectError(f"there is no object at {self.uri(key)}: {reason}; check the name") from None
             _check_size(answer["ContentLength"], self.uri(key), max_bytes)
             return bytes(answer["Body"].read())
 
@@ -329,7 +360,7 @@ def _check_prefix(prefix: str) -> str:
 
 def _check_size(size: int, uri: str, max_bytes: int | None) -> None:
     if max_bytes is not None and size > max_bytes:
-        raise StorageError(f"{uri} has {size} bytes, at most {max_bytes} are read; make it smaller")
+        raise OversizedObjectError(f"{uri} has {size} bytes, at most {max_bytes} are read; make it smaller")
 
 
 def _local_path(uri: str) -> Path:

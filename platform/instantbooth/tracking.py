@@ -167,6 +167,9 @@ class Delivery:
         self._files: dict[str, bytes] = {}
         self._news = threading.Condition()
         self._closing = False
+        self._status = ""
+        self.trouble = ""
+        """What the last delivery failed with; empty after one that did not."""
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -182,10 +185,13 @@ class Delivery:
             self._files[key] = data
             self._news.notify()
 
-    def close(self, patience_s: float = 10.0) -> int:
-        """Delivers what is left, for so long; returns the steps that were not delivered."""
+    def close(self, patience_s: float = 10.0, *, status: str = "") -> int:
+        """Delivers what is left, for so long; returns the steps that were not delivered.
+
+        With a status, FINISHED, KILLED or FAILED, it then ends the run, if it has opened one.
+        """
         with self._news:
-            self._closing = True
+            self._closing, self._status = True, status
             self._news.notify()
         self._thread.join(patience_s)
         return len(self._waiting)
@@ -202,17 +208,23 @@ class Delivery:
                 run.keep(files)
             except TrackingError as error:
                 log.warning("%s", error)
+                self.trouble = str(error)
                 pause_s = min(2 * pause_s or 1.0, MAX_PAUSE_S)
                 if self._closing:
                     return
                 continue
-            pause_s = 0.0
+            pause_s, self.trouble = 0.0, ""
             with self._news:
                 for step, values in batch.items():
                     if self._waiting.get(step) == values:
                         del self._waiting[step]
                 for key in files:
                     del self._files[key]
+        if run is not None and self._status:
+            try:
+                run.end(self._status)
+            except TrackingError as error:
+                log.warning("%s", error)
 
     def _next(self, pause_s: float) -> tuple[dict[int, dict[str, float]], dict[str, bytes]]:
         """The metrics and files that wait, once there are some; nothing at the end."""
@@ -227,6 +239,8 @@ def open_run(tracking_uri: str, output: str, *, artifacts: str | None = None) ->
 
     `artifacts` is the URI below which a new experiment keeps its artifacts; None leaves it to the tracking server.
     """
+    # A query cannot quote an apostrophe.
+    output = (output.rstrip("/") or "/").replace("'", "%27")
     with reporting(tracking_uri):
         client = _client(tracking_uri)
         found = client.get_experiment_by_name(EXPERIMENT)

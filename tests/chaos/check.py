@@ -11,7 +11,8 @@ from hashlib import sha256
 
 from instantbooth.ledger import RECORDS, Record
 from instantbooth.storage import ObjectStore
-from pipelines.outcome import FAILED, SUCCEEDED, SUCCESS
+from pipelines.outcome import SUCCEEDED, SUCCESS
+from pipelines.places import FAILED
 from pipelines.plan import IMAGES
 
 
@@ -67,9 +68,12 @@ def faults_of(output: Output, ids: Sequence[str], items: int, applied: Mapping[s
     for key in sorted(stored & made.keys()):
         if sha256(output.objects[key]).hexdigest() != made[key].sha256:
             yield f"{key} is not what its record says"
-    listed = {image["key"]: image["sha256"] for row in output.lines(SUCCEEDED) for image in row["images"]}
+    told_of = [image for row in output.lines(SUCCEEDED) for image in row["images"]]
+    told_of += [image for row in output.lines(FAILED) for image in row["pictures"]]
+    listed = {image["key"]: image["sha256"] for image in told_of}
     recorded = {key: record.sha256 for key, record in made.items()}
     yield from (f"{key} is listed otherwise than recorded" for key in listed if listed[key] != recorded.get(key))
+    yield from (f"{key} is recorded and told nowhere" for key in sorted(recorded.keys() - listed.keys()))
     for key, count in applied.items():
         if count > 1 and any(f"/{kind}/" in key for kind in (IMAGES, RECORDS)) and not key.endswith(".self-test"):
             yield f"{key} was written {count} times"

@@ -22,7 +22,7 @@ import pytest
 
 from instantbooth.images import decode_image
 from instantbooth.storage import ObjectStore, open_store
-from pipelines.outcome import FAILED
+from pipelines.places import FAILED
 from pipelines.plan import IMAGES
 from tests.chaos.check import Output, differences, faults_of
 from tests.chaos.inputs import model_options, photo, write_model

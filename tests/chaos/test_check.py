@@ -1,4 +1,8 @@
-"""The check of the chaos runs notices what it is there for."""
+"""The check of the chaos runs notices what it is there for: outputs with a fault each, and what broken ledgers leave.
+
+These ledgers are driven by hand here, by as few calls as show their defects, on a folder that loses answers. Every
+interleaving of calls is the matter of test_ledger.py; that the job's own stages keep to the ledger, of the chaos runs.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +35,7 @@ def sound() -> dict[str, bytes]:
         "records/a1/a1.json": made.to_bytes(),
         "records/e1/e1.json": failed.to_bytes(),
         "succeeded.jsonl": json.dumps({"id": "ada", "images": [{"key": made.key, "sha256": image}]}).encode() + b"\n",
-        "failed.jsonl": json.dumps({"id": "eve", "code": "image"}).encode() + b"\n",
+        "failed.jsonl": json.dumps({"id": "eve", "code": "image", "pictures": []}).encode() + b"\n",
         "_SUCCESS.json": b"{}",
     }
 
@@ -57,19 +61,22 @@ def test_a_lost_and_a_doubled_item_are_noticed() -> None:
     assert found(lost) == ["row eve is lost"]
     unrecorded = {key: data for key, data in sound().items() if key != "records/e1/e1.json"}
     assert found(unrecorded) == ["1 rows are told to have failed, 0 records say so", "2 pictures have 1 records"]
-    doubled = sound() | {"failed.jsonl": sound()["failed.jsonl"] + b'{"id": "ada", "code": "image"}\n'}
+    doubled = sound() | {"failed.jsonl": sound()["failed.jsonl"] + b'{"id": "ada", "code": "image", "pictures": []}\n'}
     assert found(doubled) == ["row ada is told 2 times", "2 rows are told to have failed, 1 records say so"]
     strange = sound() | {"succeeded.jsonl": sound()["succeeded.jsonl"] + b'{"id": "bob", "images": []}\n'}
     assert found(strange) == ["row bob is told and not in the manifest"]
     unmade = sound() | {"succeeded.jsonl": sound()["succeeded.jsonl"].replace(b"0.png", b"2.png")}
-    assert found(unmade) == ["images/ada/2.png is listed otherwise than recorded"]
+    assert found(unmade) == [
+        "images/ada/2.png is listed otherwise than recorded",
+        "images/ada/0.png is recorded and told nowhere",
+    ]
     orphan = sound() | {"images/ada/1.png": b"pixels"}
     assert found(orphan) == ["images/ada/1.png is there and in no record"]
 
 
 @pytest.mark.parametrize("key", ["images/ada/0.png", "failed.jsonl"])
 def test_a_difference_from_an_undisturbed_run_is_noticed(key: str) -> None:
-    other = {"images/ada/0.png": b"pixelz", "failed.jsonl": b'{"id": "eve", "code": "prompt"}\n'}
+    other = {"images/ada/0.png": b"pixelz", "failed.jsonl": b'{"id": "eve", "code": "prompt", "pictures": []}\n'}
     assert list(differences(Output(objects=sound()), Output(objects=sound() | {key: other[key]})))
 
 
@@ -126,7 +133,8 @@ def attempt_all(ledger: Ledger, store: Unlucky) -> None:
     for name, record in told:
         if record is not None:
             images = [{"key": record.key, "sha256": record.sha256}]
-            line = json.dumps({"id": name, "images": images, **record.details}).encode() + b"\n"
+            told_as = {"images": images} if record.status == "succeeded" else {"pictures": []}
+            line = json.dumps({"id": name, **told_as, **record.details}).encode() + b"\n"
             lines[f"{record.status}.jsonl"][record.attempt] = line
     for name, by_attempt in lines.items():
         store.put(name, b"".join(by_attempt.values()))

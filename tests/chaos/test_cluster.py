@@ -16,7 +16,9 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from instantbooth.ledger import RECORDS, Record
 from instantbooth.storage import ObjectStore, open_store
-from tests.chaos.check import Output, faults_of
+from pipelines.places import FAILED
+from pipelines.plan import IMAGES
+from tests.chaos.check import Output, differences, faults_of
 from tests.chaos.inputs import model_options, photo, write_model
 
 pytestmark = pytest.mark.chaos
@@ -26,6 +28,8 @@ ROWS = int(os.environ.get("CLUSTER_ROWS", "400"))
 IDS = [f"row-{number:04d}" for number in range(ROWS)]
 PROMPTS = ("photo", "drawing", "picture", "watercolor")
 PICTURES = ROWS * len(PROMPTS)
+CALM_IDS = IDS[:: max(1, ROWS // 40)]
+"""Rows that an undisturbed run makes as well, by which pictures are compared."""
 WORKERS = 4
 WORKER = {"num_cpus": 3, "object_store_memory": 200_000_000}
 """A node on which all stages find room: they need a CPU each."""
@@ -56,9 +60,16 @@ def output(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(tmp_path / "out")
 
 
-def write_job(folder: Path, output: str) -> list[str]:
+@pytest.fixture
+def model(tmp_path: Path) -> list[str]:
+    """The options that name a model."""
+    return model_options(write_model(tmp_path / "model"))
+
+
+def write_job(folder: Path, output: str, ids: list[str]) -> list[str]:
     """The job's options; every row asks for the same four prompts, in as many steps as make the job last."""
     (folder / "photo.png").write_bytes(photo(0))
+    manifest = folder / f"{len(ids)}-rows.jsonl"
     rows = [
         {
             "id": each,
@@ -67,27 +78,29 @@ def write_job(folder: Path, output: str) -> list[str]:
             "prompts": [f"a {kind} of a {{subject}}" for kind in PROMPTS],
             "num_inference_steps": 8,
         }
-        for each in IDS
+        for each in ids
     ]
-    (folder / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = {
-        "manifest": folder / "manifest.jsonl",
+        "manifest": manifest,
         "output": output,
         "row-budget": 8,
         "rows-per-batch": 4,
         "diffusion.max": WORKERS,
     }
-    model = model_options(write_model(folder / "model"))
-    return [*(f"--{name}={value}" for name, value in options.items()), *model, "--no-track"]
+    named = [f"--{name}={value}" for name, value in options.items()]
+    return ["-m", "jobs.personalize", *named, "--exact", "--no-track"]
 
 
-def test_a_job_grows_with_its_cluster_and_survives_the_loss_of_a_node(nodes: Any, tmp_path: Path, output: str) -> None:
+def test_a_job_grows_with_its_cluster_and_survives_the_loss_of_a_node(
+    nodes: Any, tmp_path: Path, output: str, model: list[str]
+) -> None:
     from jobs.demo import submit
 
     workers = [nodes.add_node(**WORKER)]
     client = JobSubmissionClient(ray.get_runtime_context().gcs_address)
     started = time.monotonic()
-    job = submit(client, ["-m", "jobs.personalize", *write_job(tmp_path, output)], patience_s=60)
+    job = submit(client, [*write_job(tmp_path, output, IDS), *model], patience_s=60)
     store = open_store(output)
 
     def tell() -> None:
@@ -104,9 +117,18 @@ def test_a_job_grows_with_its_cluster_and_survives_the_loss_of_a_node(nodes: Any
     wait_for(client, job, store, None)
     tell()
     assert client.get_job_status(job) == JobStatus.SUCCEEDED, client.get_job_logs(job)[-3000:]
-    assert not list(faults_of(Output.read(store), IDS, PICTURES, {}))
+    disturbed = Output.read(store)
+    assert not list(faults_of(disturbed, IDS, PICTURES, {}))
     assert set(makers(store)) <= {each.node_id for each in workers}
     assert len(makers(store)) >= 3, "the job did not spread over the nodes that came"
+
+    calm = open_store(f"{output}-calm")
+    job = submit(client, [*write_job(tmp_path, f"{output}-calm", CALM_IDS), *model], patience_s=60)
+    wait_for(client, job, calm, None)
+    assert client.get_job_status(job) == JobStatus.SUCCEEDED, client.get_job_logs(job)[-3000:]
+    folders = tuple(f"{IMAGES}/{each}/" for each in CALM_IDS)
+    same_rows = {key: data for key, data in disturbed.objects.items() if key.startswith((*folders, FAILED))}
+    assert not list(differences(Output.read(calm), Output(objects=same_rows)))
 
 
 def makers(store: ObjectStore) -> Counter[str]:

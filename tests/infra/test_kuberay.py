@@ -193,6 +193,8 @@ def test_gpus_are_there_before_the_jobs_that_ask_for_them_at_once() -> None:
         preset(job.model.base)
     assert gpus_at_start("train") == training.workers * training.gpus_per_worker
     assert gpus_at_start("personalize") >= sum(pool.min * pool.gpus for pool in (pictures.concept, pictures.diffusion))
+    assert pictures.precision == "bf16", "fp32 leaves a GPU's tensor cores idle"
+    assert pictures.cost_per_gpu_hour, "the report is to tell what it cost"
 
 
 def test_pairs_are_ingested_for_the_base_that_is_trained_on_them() -> None:

@@ -513,7 +513,7 @@ def test_a_segmenter_that_is_none_is_told_before_anything_starts(good: list[Raw]
 def test_actors_that_the_cluster_will_never_have_are_refused(good: list[Raw], tiny: Path, tmp_path: Path) -> None:
     FileStore(tmp_path / "source").put("0.tar", tar_of(good[:1]))
     source, output = f"{tmp_path}/source", f"{tmp_path}/output"
-    with pytest.raises(ParameterError, match="actors ask for 2 GPU, the cluster has 0; lower actors or gpus"):
+    with pytest.raises(ParameterError, match=r"of 1 GPU each ask for 2 GPU.* the cluster has 0; lower actors or gpus"):
         curate(source, output, segmenter=SEGMENTER, actors=2, gpus_per_actor=1)
     with pytest.raises(ParameterError, match=r"4 actors .* ask for 5 CPU; the cluster has 4; lower actors"):
         curate(source, output, base=str(tiny / "base"), precompute=True, actors=4)
@@ -770,7 +770,7 @@ def test_bad_configurations_and_unfinished_data_sets_are_refused_at_once(tmp_pat
         Rules(nouns={"Bride!": "person"})
     with pytest.raises(ParameterError, match="precompute needs a base"):
         IngestConfig(source="a", output="b", precompute=True)
-    with pytest.raises(ParameterError, match="gpus_per_actor must be at least 0, is -1"):
+    with pytest.raises(ParameterError, match="gpus_per_actor must be from 0 to 1, is -1"):
         IngestConfig(source="a", output="b", gpus_per_actor=-1)
     with pytest.raises(ParameterError, match="lies within source"):
         IngestConfig(source="s3://bucket/data", output="s3://bucket/data/curated")

@@ -31,8 +31,9 @@ from jobs.train import TrainConfig, TrainReport, train
 from pipelines.curation.precompute import Precomputed
 from pipelines.ingest import IngestConfig, ingest
 from pipelines.model import ModelConfig
-from pipelines.outcome import FAILED, SUCCEEDED, SUCCESS, Outcome, PersonalizeReport
+from pipelines.outcome import SUCCEEDED, SUCCESS, Outcome, PersonalizeReport
 from pipelines.personalize import OnRow, PersonalizeConfig, Pool, Tally, load_manifest, personalize
+from pipelines.places import FAILED
 from pipelines.trainer import LOG, PICTURES, Ending, Monitor, ValidationConfig, train_worker
 from tests.curated import write_curated
 from tests.tiny import tiny_booth, tiny_model
@@ -93,7 +94,9 @@ def test_training_changes_the_weights_and_is_tracked_and_registered(project: Pro
     assert trained.steps == 5
     tags = MlflowClient(project.model.tracking_uri).get_run(trained.run_id).data.tags
     assert tags["machine"].startswith("2 × "), "the workers', as their log tells"
-    registered = ModelConfig(**(vars(project.model) | {"weights": trained.weights})).load(device="cpu")
+    candidate = replace(project.model, weights="models:/instantbooth@candidate")
+    assert candidate.pinned().weights == trained.weights, "an alias may move while a job runs"
+    registered = candidate.pinned().load(device="cpu")
     local = Personalizer.from_pretrained(
         project.model.base, image_encoder=project.model.image_encoder, weights=trained.folder, device="cpu"
     )
@@ -276,6 +279,13 @@ def test_a_bad_row_fails_alone_and_a_picture_does_not_depend_on_its_company(proj
     assert "no.png" in failed[0]["error"]
     assert "token" in failed[1]["error"]
     assert report.failures == {"missing_object": len(rows[0].prompts), "prompt": 1}
+    (made,) = failed[1]["pictures"]
+    assert failed[1]["prompts"] == [overlong.prompts[0]], "what was made is not to be made again"
+    assert made["prompt"] == overlong.prompts[1]
+    assert project.store.exists(f"together/{made['key']}")
+    assert failed[0]["pictures"] == []
+    again = load_manifest(f"{project.folder}/together/{FAILED}")
+    assert [(row.id, row.attempt) for row in again] == [("absent", 1), ("overlong", 1)]
     assert report.images == sum(len(record["images"]) for record in succeeded) + 1
 
     _, alone, _ = personalized(project, "alone", [rows[1]])
@@ -383,7 +393,7 @@ def test_what_the_cluster_lacks_is_told_at_once(project: Project) -> None:
     config = PersonalizeConfig(
         manifest=f"{project.folder}/orders/manifest.jsonl", output=f"{project.folder}/none", model=project.model
     )
-    with pytest.raises(ParameterError, match=r"start with 0.5 GPU, the cluster has 0"):
+    with pytest.raises(ParameterError, match=r"1 of 0.5, .* takes 1 GPU; the cluster has 0"):
         personalize(replace(config, diffusion=Pool(gpus=0.5)))
     with pytest.raises(ParameterError, match=r"3 \+ 1 actors .* 1 more; the cluster has 4"):
         personalize(replace(config, concept=Pool(min=3, max=3)))

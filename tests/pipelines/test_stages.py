@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -11,18 +12,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from instantbooth import Personalizer
-from instantbooth.errors import ImageError, StorageError
+from instantbooth.errors import ImageError, MissingObjectError, OversizedObjectError, StorageError
+from instantbooth.images import decode_image
 from instantbooth.ledger import RECORDS
 from instantbooth.manifest import ManifestRow
 from instantbooth.storage import FileStore
-from pipelines.failures import judged
+from pipelines.failures import Failure, judged
 from pipelines.generator import ImageGenerator, _after
 from pipelines.model import ModelConfig
 from pipelines.outcome import Outcome
-from pipelines.personalize import PersonalizeConfig, personalize
-from pipelines.plan import Task, packed
+from pipelines.personalize import PersonalizeConfig, _stages, personalize
+from pipelines.plan import Task, concept_key, packed
 from pipelines.stages import ConceptEncoder, StageConfig, Work, fetch_references
 from tests.tiny import portrait
 
@@ -86,7 +89,9 @@ def bench(model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     image, mask = portrait(0)
     image.putalpha(mask)
     image.save(tmp_path / "photo.png")
-    stages = StageConfig(output=str(tmp_path / "out"), model=model, identity=model.identity(), row_budget=4)
+    stages = StageConfig(
+        output=str(tmp_path / "out"), folder=tmp_path, model=model, identity=model.identity(), row_budget=4
+    )
     generator = ImageGenerator(stages, "cpu")
     yield Bench(folder=tmp_path, stages=stages, encoder=ConceptEncoder(stages, "cpu"), generator=generator)
     generator.engine.close()
@@ -106,6 +111,44 @@ def test_a_photo_that_cannot_be_read_for_now_leaves_its_row_open(bench: Bench) -
     assert bench.run(row)["later"].succeeded == 1
 
 
+def test_relative_paths_are_meant_from_the_drivers_folder(
+    bench: Bench, tiny: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    monkeypatch.chdir(tiny)
+    model = replace(bench.stages.model, base="base", image_encoder="clip")
+    identity = model.identity()
+    assert (identity.base, identity.image_encoder) == ("base", "clip")
+    monkeypatch.chdir(bench.folder)
+    config = PersonalizeConfig(manifest="manifest.jsonl", output="out", concepts="earlier")
+    driver = _stages(config, bench.stages.identity, conditional=True)
+    monkeypatch.chdir(tiny)
+    parts = _stages(replace(config, model=model), identity, conditional=True).model
+
+    monkeypatch.chdir(tmp_path_factory.mktemp("worker"))
+    assert (driver.output, driver.concepts) == (bench.stages.output, str(bench.folder / "earlier"))
+    assert (parts.base, parts.image_encoder) == (bench.stages.model.base, bench.stages.model.image_encoder)
+    parts.load_encoder(device="cpu")
+    (work,) = replace(bench, stages=driver).fetched(bench.row("ada", images=("photo.png",), masks=("photo.png",)))
+    assert work.failure is None
+    assert len(work.references) == len(work.masks) == 1
+    assert work.row.images == ("photo.png",)
+
+
+def test_a_task_decodes_one_picture_at_a_time(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoding, most = [], []
+
+    def decode(data: bytes, *, name: str) -> Image.Image:
+        decoding.append(name)
+        most.append(len(decoding))
+        time.sleep(0.02)
+        decoding.remove(name)
+        return decode_image(data, name=name)
+
+    monkeypatch.setattr("pipelines.stages.decode_image", decode)
+    bench.fetched(*(bench.row(f"row-{number}") for number in range(4)))
+    assert most == [1] * 4
+
+
 def test_an_output_that_cannot_keep_a_concept_leaves_rows_open(bench: Bench) -> None:
     blocked = bench.folder / "out" / "concepts"
     blocked.parent.mkdir()
@@ -116,6 +159,52 @@ def test_an_output_that_cannot_keep_a_concept_leaves_rows_open(bench: Bench) -> 
     assert not bench.records()
     blocked.unlink()
     assert bench.run(bench.row("ada"))["ada"].succeeded == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "transient"),
+    [
+        (StorageError("access denied"), "storage", True),
+        (MissingObjectError("no such photo"), "missing_object", False),
+        (OversizedObjectError("a photo of 30 MB"), "oversized_object", False),
+        (ImageError("no picture"), "image", False),
+        (MemoryError(), "memory", True),
+    ],
+)
+def test_what_says_nothing_of_a_row_is_not_settled(error: Exception, code: str, transient: bool) -> None:
+    failure = Failure.of(error)
+    assert (failure.code, failure.transient) == (code, transient)
+
+
+def test_a_device_without_room_leaves_subjects_open_and_fails_a_picture_that_is_alone(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(bench.encoder.encoder, "encode", full)
+        assert bench.run(bench.row("ada"))["ada"].open == 1
+    assert not bench.records()
+    monkeypatch.setattr(bench.generator.engine, "_assemble", full)
+    outcome = bench.run(bench.row("ada"))["ada"]
+    assert (outcome.failed, outcome.code) == (1, "out_of_memory")
+    assert len(bench.records()) == 1
+
+
+def test_a_damaged_concept_is_encoded_anew_or_leaves_its_row_open(bench: Bench) -> None:
+    row, store = bench.row("ada"), FileStore(bench.folder)
+    key = concept_key(row, bench.stages.identity)
+    store.put(f"earlier/{key}", b"no concept")
+    reusing = replace(bench, stages=replace(bench.stages, concepts=str(bench.folder / "earlier")))
+    assert reusing.run(row)["ada"].succeeded == 1
+
+    other = bench.row("eve", class_noun="person")
+    store.put(f"out/{concept_key(other, bench.stages.identity)}", b"no concept")
+    outcome = bench.run(other)["eve"]
+    assert (outcome.open, outcome.code) == (1, "concept")
+    assert str(bench.folder / "out") in outcome.error
+    assert len(bench.records()) == 1
 
 
 def test_half_precision_makes_pictures_from_concepts_of_its_own(bench: Bench) -> None:
