@@ -11,10 +11,11 @@ import pytest
 
 from instantbooth.errors import InstantBoothError, ParameterError, WeightsError
 from instantbooth.evaluation.methods.registry import METHODS, Settings
+from instantbooth.presets import miniature_folder
 from jobs.evaluation.frontier import Frontier, entrants_of, plot
 from jobs.evaluation.protocol import Protocol
 from jobs.evaluation.report import Report, best_of, chosen, report
-from jobs.evaluation.sweep import Entrant
+from jobs.evaluation.sweep import Entrant, sweep
 from jobs.evaluation.table1 import Table1, table1
 from jobs.evaluation.tune import Grid, Tune, candidates, score, tune
 
@@ -38,8 +39,13 @@ def small_table(folder: Path) -> Table1:
     )
 
 
-def test_a_table_is_made_once_and_resumed_cell_by_cell(ray_session: None, tmp_path: Path) -> None:
-    options = small_table(tmp_path)
+def test_a_table_is_made_once_and_resumed_cell_by_cell(
+    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Ray's workers are not where the driver is: relative places must be the driver's.
+    monkeypatch.chdir(tmp_path)
+    Path("models").symlink_to(miniature_folder())
+    options = replace(small_table(tmp_path), output=".", models=Path("models"))
     table1(options)
     rows = json.loads((tmp_path / "table1.json").read_text())["rows"]
     assert list(rows) == ["dreambooth", "instantbooth"]
@@ -116,6 +122,16 @@ def test_what_is_wrong_is_said_before_any_model_runs(
     with pytest.raises(error, match=words):
         table1(options)
     assert not (tmp_path / "cells").exists()
+
+
+def test_a_subject_must_fit_on_one_machine_of_the_cluster(
+    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = replace(small_table(tmp_path), cpus=3)
+    small, away = ({"Alive": alive, "Resources": {"CPU": cpus}} for alive, cpus in ((True, 2.0), (False, 8.0)))
+    monkeypatch.setattr("jobs.evaluation.sweep.ray.nodes", lambda: [small, small, away])
+    with pytest.raises(ParameterError, match=r"take 3 CPUs and 0 GPUs, .* 2 CPUs and 0 GPUs; 2 CPUs and 0 GPUs; pass"):
+        sweep(options, options.entrants)
 
 
 def test_settings_survive_their_file_and_unknown_ones_are_refused() -> None:

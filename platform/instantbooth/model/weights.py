@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from pathlib import Path
 
 import torch
@@ -88,4 +88,14 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     for name, value in sorted(tensors.items()):
         content.update(name.encode())
         content.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    return content.hexdigest()
+
+
+def folder_digest(folder: Path) -> str:
+    """SHA-256 over the names and the content of a model folder's files: configurations, vocabularies and tensors."""
+    content = sha256()
+    for path in sorted(file for file in folder.rglob("*") if file.suffix in (".json", ".safetensors", ".bin", ".txt")):
+        content.update(path.relative_to(folder).as_posix().encode())
+        with path.open("rb") as stream:
+            content.update(file_digest(stream, "sha256").digest())
     return content.hexdigest()
