@@ -87,7 +87,11 @@ class Protocol:
     weights: Path | None = None
     """Other trained weights of InstantBooth: a folder, or registered ones such as models:/instantbooth@champion."""
     ip_adapter: Path = Path("out/ip_adapter")
-    """Where `jobs.train_ip_adapter` left IP-Adapter's weights."""
+    """Where `jobs.train_ip_adapter` left IP-Adapter's weights, or its authors' are: global/ and plus/, in each of them
+    ip_adapter.safetensors."""
+    ip_adapter_image_encoder: str | None = None
+    """The CLIP that these were trained with, folder or hub name; the other methods' if none is given. The authors' own
+    for Stable Diffusion 1.x read laion/CLIP-ViT-H-14-laion2B-s32B-b79K."""
     settings: Path | None = None
     """Hyperparameters of the methods, as `tune` writes them; else the miniature's, or those usual for photographs."""
     split: Literal["test", "validation"] = "test"
@@ -133,6 +137,7 @@ class Protocol:
         return Parts(
             models=self.preset,
             ip_adapter=self.ip_adapter.absolute(),
+            ip_adapter_image_encoder=self.ip_adapter_image_encoder or self.preset.image_encoder,
             sampling=self._sampling(),
             settings=_read_settings(self.settings, STABLE_DIFFUSION if self.real else Settings()),
             device="cuda" if self.gpus else "cpu",

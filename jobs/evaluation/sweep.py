@@ -50,7 +50,7 @@ class Entrant:
         if self.method.startswith("instantbooth"):
             folders += [locate(each) for each in (models.weights, models.image_encoder, models.segmenter) if each]
         if isinstance(own, IPAdapterConfig):
-            folders += [self.parts.ip_adapter / own.variant, locate(models.image_encoder)]
+            folders += [self.parts.ip_adapter / own.variant, locate(self.parts.ip_adapter_image_encoder)]
         named = [asdict(own), asdict(self.parts.sampling), [folder_digest(folder) for folder in folders]]
         if self.parts.personalizer is not Personalizer:
             named.append(self.parts.personalizer.__name__)
@@ -119,13 +119,21 @@ def _absolute(protocol: Protocol) -> Protocol:
 
 def _absolute_parts(parts: Parts) -> Parts:
     """As `_absolute`."""
-    return replace(parts, models=replace(parts.models, **_places(parts.models, str)))
+    return replace(
+        parts,
+        models=replace(parts.models, **_places(parts.models, str)),
+        ip_adapter_image_encoder=_place(parts.ip_adapter_image_encoder),
+    )
 
 
 def _places(options: Any, kind: type[str | Path]) -> dict[str, Any]:
-    """The fields that name what is there, as absolute paths; anything else is a name on the hub or in the registry."""
-    named = {name: value for name, value in vars(options).items() if isinstance(value, kind) and Path(value).exists()}
-    return {name: kind(Path(value).absolute()) for name, value in named.items()}
+    named = {name: value for name, value in vars(options).items() if isinstance(value, kind)}
+    return {name: kind(_place(str(value))) for name, value in named.items()}
+
+
+def _place(name: str) -> str:
+    """What is there as an absolute path; anything else is a name on the hub or in the registry."""
+    return str(Path(name).absolute()) if Path(name).exists() else name
 
 
 def _check_resources(protocol: Protocol) -> None:

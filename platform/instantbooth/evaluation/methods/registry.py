@@ -13,6 +13,7 @@ import torch
 from instantbooth import Personalizer
 from instantbooth.errors import ParameterError, did_you_mean
 from instantbooth.evaluation.ip_adapter import weights
+from instantbooth.evaluation.ip_adapter.origin import check_origin
 from instantbooth.evaluation.methods.dreambooth import DreamBooth, DreamBoothConfig
 from instantbooth.evaluation.methods.interface import Method, Sampling
 from instantbooth.evaluation.methods.ip_adapter import IPAdapter, IPAdapterConfig
@@ -76,6 +77,8 @@ class Parts:
     """Base, image encoder, segmenter, and InstantBooth's weights."""
     ip_adapter: Path
     """Folder with global/ and plus/, each with an ip_adapter.safetensors."""
+    ip_adapter_image_encoder: str
+    """The CLIP that these were trained with."""
     sampling: Sampling
     settings: Settings
     device: str
@@ -109,7 +112,7 @@ def _base(parts: Parts) -> BaseModel:
 
 
 def _ip_adapter(parts: Parts, config: IPAdapterConfig) -> IPAdapter:
-    image_encoder = locate(parts.models.image_encoder)
+    image_encoder = locate(parts.ip_adapter_image_encoder)
     return IPAdapter(_base(parts), image_encoder, _ip_adapter_file(parts, config), parts.sampling, config)
 
 
@@ -165,6 +168,9 @@ def check_methods(names: tuple[str, ...], parts: Parts) -> None:
             raise ParameterError(f"method {name!r} is unknown. {did_you_mean(name, METHODS)}")
         config = parts.settings.of(name)
         if isinstance(config, IPAdapterConfig):
-            weights.load(_ip_adapter_file(parts, config), config.variant)
+            file, image_encoder = _ip_adapter_file(parts, config), locate(parts.ip_adapter_image_encoder)
+            state = weights.load(file, config.variant)
+            check_origin(file, locate(parts.models.base), image_encoder)
+            weights.check_reads(image_encoder, state, file)
         if name.startswith("instantbooth") and parts.models.weights is None:
             raise ParameterError(f"{name} needs trained weights; pass --weights, or leave it out by --methods")
