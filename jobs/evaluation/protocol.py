@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,14 @@ from instantbooth.evaluation.embedders import FaceEmbedder, VisionTransformer
 from instantbooth.evaluation.figures import Gallery, Judges
 from instantbooth.evaluation.judges import AttributeJudge, IdentityJudge
 from instantbooth.evaluation.methods.interface import Sampling
-from instantbooth.evaluation.methods.registry import METHODS, STABLE_DIFFUSION, Parts, Settings, check_methods
+from instantbooth.evaluation.methods.registry import (
+    METHODS,
+    STABLE_DIFFUSION,
+    Parts,
+    Settings,
+    check_methods,
+    field_of,
+)
 from instantbooth.evaluation.miniature_cases import draw_cases
 from instantbooth.evaluation.photographs import Dataset, read_dreambench, read_identities
 from instantbooth.model.base import locate
@@ -22,8 +30,11 @@ from instantbooth.model.samplers import SAMPLERS
 from instantbooth.model.weights import CONFIG_FILE
 from instantbooth.parameters import check_range
 from instantbooth.presets import ModelPreset, miniature_folder, miniature_preset, weights_folder
+from instantbooth.storage import open_store
 from jobs import cli
 
+SETTINGS = "settings.json"
+"""What `tune` leaves in its output: settings of the methods that it tuned."""
 GALLERY_REFERENCES = 5
 """Pictures of each subject that a generated one is compared with."""
 
@@ -93,7 +104,8 @@ class Protocol:
     """The CLIP that these were trained with, folder or hub name; the other methods' if none is given. The authors' own
     for Stable Diffusion 1.x read laion/CLIP-ViT-H-14-laion2B-s32B-b79K."""
     settings: Path | None = None
-    """Hyperparameters of the methods, as `tune` writes them; else the miniature's, or those usual for photographs."""
+    """Hyperparameters of the methods, as `tune` writes them; by default settings.json in `output`, if `tune` left one
+    there. Methods that it does not name have the miniature's defaults, or those usual for photographs."""
     split: Literal["test", "validation"] = "test"
     """Which held-out identities; hyperparameters are chosen on validation."""
     identities: int = 20
@@ -139,9 +151,42 @@ class Protocol:
             ip_adapter=self.ip_adapter.absolute(),
             ip_adapter_image_encoder=self.ip_adapter_image_encoder or self.preset.image_encoder,
             sampling=self._sampling(),
-            settings=_read_settings(self.settings, STABLE_DIFFUSION if self.real else Settings()),
+            settings=self._read_settings(STABLE_DIFFUSION if self.real else Settings()),
             device="cuda" if self.gpus else "cpu",
         )
+
+    @cached_property
+    def settings_file(self) -> tuple[str, str] | None:
+        """Name and text of the file that the methods' settings are read from, if any. Raises ParameterError."""
+        store = open_store(self.output)
+        if self.settings is None:
+            return (store.uri(SETTINGS), store.get(SETTINGS).decode()) if store.exists(SETTINGS) else None
+        try:
+            return str(self.settings), self.settings.read_text()
+        except OSError as error:
+            raise ParameterError(
+                f"{self.settings} cannot be read ({error}); name a file that `jobs.evaluate tune` wrote"
+            ) from error
+
+    @property
+    def methods_set(self) -> list[str]:
+        """The methods that the file of settings names."""
+        if self.settings_file is None:
+            return []
+        named = json.loads(self.settings_file[1])
+        return [method for method in METHODS if field_of(method) in named]
+
+    def settings_from(self, method: str) -> str:
+        """Where a method's settings come from, in words. Raises ParameterError."""
+        if self.settings_file is not None and method in self.methods_set:
+            return f"{'tuned' if self.settings is None else 'given'}, {self.settings_file[0]}"
+        return "the weights' own" if method.startswith("instantbooth") else "defaults, not tuned"
+
+    def _read_settings(self, defaults: Settings) -> Settings:
+        if self.settings_file is None:
+            return defaults
+        name, text = self.settings_file
+        return Settings.from_json(text, defaults, name=name)
 
     def _sampling(self) -> Sampling:
         defaults = GenerationDefaults()
@@ -177,24 +222,28 @@ class Protocol:
         """The miniature's own, or those named for photographs. Raises WeightsError."""
         if self.real:
             return self.photographs.judges()
-        folder = self.models or miniature_folder()
+        places = self.judging
         return Judges.load(
-            folder / "clip",
-            IdentityJudge.load(folder / "judges" / "identity"),
-            attributes=AttributeJudge.load(folder / "judges" / "attributes"),
+            places["clip"],
+            IdentityJudge.load(places["identity"]),
+            attributes=AttributeJudge.load(places["attributes"]),
         )
+
+    @property
+    def judging(self) -> dict[str, Path]:
+        """Where those lie who judge: folders, or a face embedder's file."""
+        if not self.real:
+            folder = self.models or miniature_folder()
+            judges = folder / "judges"
+            return {"clip": folder / "clip", "identity": judges / "identity", "attributes": judges / "attributes"}
+        photographs = self.photographs
+        found = {"clip": locate(photographs.clip)}
+        if photographs.face is not None:
+            found["face"] = photographs.face
+        return found if photographs.dino is None else found | {"dino": locate(photographs.dino)}
 
     def judged_against(self, judges: Judges) -> Gallery:
         """The subjects and as many others as `gallery` says, whatever the methods are given of them."""
         references = self.references if self.real else GALLERY_REFERENCES
         known = replace(self, references=references)
         return Gallery(judges.identity, known.cases(max(self.gallery, self.identities)))
-
-
-def _read_settings(path: Path | None, defaults: Settings) -> Settings:
-    if path is None:
-        return defaults
-    try:
-        return Settings.from_json(path.read_text(), defaults, name=str(path))
-    except OSError as error:
-        raise ParameterError(f"{path} cannot be read ({error}); name a file that `jobs.evaluate tune` wrote") from error

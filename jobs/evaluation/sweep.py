@@ -24,6 +24,7 @@ from instantbooth.model import weights
 from instantbooth.model.base import locate
 from instantbooth.storage import absolute_uri, open_store
 from jobs import cli
+from jobs.benchmarks.timing import machine
 from jobs.cluster import ray_cluster
 from jobs.evaluation.protocol import Protocol
 
@@ -92,7 +93,8 @@ def _evaluate(protocol: Protocol, name: str, parts: Parts, digest: str, number: 
         # Tasks run side by side: more threads than cores starve each other.
         torch.set_num_threads(1)
     case = _cases(protocol)[number]
-    _cells(protocol, name, digest).write(case, evaluate(_method(name, parts), case))
+    cell = evaluate(_method(name, parts), case, machine=machine(parts.device))
+    _cells(protocol, name, digest).write(case, cell)
     return f"{METHODS[name].title}, {case.name}"
 
 
@@ -139,9 +141,9 @@ def _place(name: str) -> str:
 def _check_resources(protocol: Protocol) -> None:
     """A task that no machine can hold would wait for ever."""
     wanted = {"CPU": protocol.cpus, "GPU": protocol.gpus}
-    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if not any(all(machine.get(name, 0) >= count for name, count in wanted.items()) for machine in machines):
-        there = "; ".join(f"{machine.get('CPU', 0):g} CPUs and {machine.get('GPU', 0):g} GPUs" for machine in machines)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not any(all(node.get(name, 0) >= count for name, count in wanted.items()) for node in nodes):
+        there = "; ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
         raise ParameterError(
             f"a subject is to take {wanted['CPU']:g} CPUs and {wanted['GPU']:g} GPUs, the cluster's machines have "
             f"{there}; pass --cpus or --gpus with less"

@@ -12,14 +12,13 @@ from rich.console import Console
 from rich.table import Table
 
 from instantbooth.errors import ParameterError
-from instantbooth.evaluation.methods.registry import Parts, Settings
+from instantbooth.evaluation.methods.registry import Parts, Settings, field_of
 from instantbooth.storage import open_store
 from jobs import cli
-from jobs.evaluation.protocol import Protocol
+from jobs.evaluation.protocol import SETTINGS, Protocol
 from jobs.evaluation.sweep import Entrant
 from jobs.evaluation.table1 import rows_of
 
-FILE = "settings.json"
 TRIALS = "tuning.json"
 
 
@@ -58,7 +57,7 @@ class Tune(Protocol):
 
 
 def tune(options: cli.Flat[Tune]) -> None:
-    """Writes settings.json, which table1 takes as --settings, and tuning.json, which holds every trial's figures.
+    """Writes settings.json, which the other commands read there, and tuning.json, which holds every trial's figures.
 
     The best trial has the highest geometric mean of prompt accuracy and face similarity: one that buys either of them
     with the other does not win.
@@ -76,9 +75,10 @@ def tune(options: cli.Flat[Tune]) -> None:
     for row in rows.values():
         row["score"] = score(row)
     store.put(TRIALS, (json.dumps(rows, indent=2) + "\n").encode())
-    store.put(FILE, chosen.to_json().encode())
+    tuned = chosen.to_json({*options.methods_set, *trials})
+    store.put(SETTINGS, tuned.encode())
     _show(rows)
-    print(chosen.to_json())
+    print(tuned)
 
 
 def candidates(method: str, parts: Parts, grid: Grid) -> list[Entrant]:
@@ -95,7 +95,7 @@ def candidates(method: str, parts: Parts, grid: Grid) -> list[Entrant]:
 
 def with_settings(settings: Settings, method: str, own: Any) -> Settings:
     """The settings with one method's replaced."""
-    return replace(settings, **{method.replace("-", "_"): own})
+    return replace(settings, **{field_of(method): own})
 
 
 def score(row: dict[str, Any]) -> float:

@@ -92,8 +92,11 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def folder_digest(folder: Path) -> str:
-    """SHA-256 over the names and the content of a model folder's files: configurations, vocabularies and tensors."""
-    content = sha256()
+    """SHA-256 over the names and the content of a model folder's files: configurations, vocabularies and tensors.
+
+    Of a model that is a single file, its content's.
+    """
+    content = sha256(folder.read_bytes() if folder.is_file() else b"")
     for path in sorted(file for file in folder.rglob("*") if file.suffix in (".json", ".safetensors", ".bin", ".txt")):
         content.update(path.relative_to(folder).as_posix().encode())
         with path.open("rb") as stream:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,14 @@ from instantbooth.model.base import BaseModel, device_of, locate
 from instantbooth.presets import ModelPreset
 
 
+def field_of(method: str) -> str:
+    """The method's field of Settings."""
+    return method.replace("-", "_")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Hyperparameters of the methods; the defaults are the miniature's."""
+    """Hyperparameters of the methods. The defaults are for the miniature, and where its tuning starts."""
 
     textual_inversion: TextualInversionConfig = TextualInversionConfig()
     dreambooth: DreamBoothConfig = DreamBoothConfig()
@@ -37,11 +42,13 @@ class Settings:
 
     def of(self, method: str) -> Any:
         """One method's."""
-        return getattr(self, method.replace("-", "_"))
+        return getattr(self, field_of(method))
 
-    def to_json(self) -> str:
-        """What `from_json` reads."""
-        return json.dumps(asdict(self), indent=2) + "\n"
+    def to_json(self, methods: Collection[str] | None = None) -> str:
+        """What `from_json` reads; of these methods alone, if some are named."""
+        chosen = None if methods is None else {field_of(method) for method in methods}
+        values = {name: own for name, own in asdict(self).items() if chosen is None or name in chosen}
+        return json.dumps(values, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str, defaults: Settings | None = None, *, name: str = "the settings") -> Settings:
