@@ -12,10 +12,14 @@ from jobs.evaluation import ablations, frontier, references
 
 NOT_OF = {
     ablations.FILE: ("settings", "weights", "segmenter", "ip_adapter", "ip_adapter_image_encoder"),
-    references.FILE: ("settings", "ip_adapter", "ip_adapter_image_encoder"),
+    references.FILE: (
+        *("identities", "subjects", "references", "gallery"),
+        *("settings", "ip_adapter", "ip_adapter_image_encoder"),
+    ),
     frontier.FILE: (),
 }
-"""Files, and what of a table's record their figures do not depend on."""
+"""Files, and what of a table's record may be other: what their figures do not depend on, and of references.json whom it
+is about, as its subjects are those with the most pictures."""
 COMPARED = ("protocol", "sampling", "digests", "settings")
 
 
@@ -53,7 +57,7 @@ def differences(made: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def rows_of(file: str, content: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def named_rows(file: str, content: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """(name, row) of every row in a file, whatever its layout."""
     if file == frontier.FILE:
         for series, rows in content["series"].items():

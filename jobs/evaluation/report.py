@@ -15,7 +15,7 @@ from instantbooth.storage import open_store
 from instantbooth.tracking import absolute_tracking_uri, open_run
 from jobs import cli
 from jobs.evaluation import ablations, frontier, references
-from jobs.evaluation.found import Found, look, rows_of
+from jobs.evaluation.found import Found, look, named_rows
 from jobs.evaluation.goals import REFERENCE, goals_of
 from jobs.evaluation.table1 import REPORTED, Judged, Table1, judge_all, machines_in_words, made_by, table_rows
 from jobs.tracked import flat
@@ -53,7 +53,10 @@ def report(options: cli.Flat[Report]) -> None:
     store.put(PAGE, page.encode())
     print(store.uri(PAGE), *found.left_out, sep="\n")
     _track(
-        options, made, {"table1": rows} | {file: dict(rows_of(file, each)) for file, each in found.files.items()}, page
+        options,
+        made,
+        {"table1": rows} | {file: dict(named_rows(file, each)) for file, each in found.files.items()},
+        page,
     )
 
 
@@ -114,10 +117,14 @@ def _references(found: Found) -> dict[str, Any] | None:
     """Headings and rows of the references' table."""
     if references.FILE not in found.files:
         return None
-    counts = found.files[references.FILE]["rows"]
+    made, counts = (found.files[references.FILE][part] for part in ("made_by", "rows"))
     rows = [row | {"count": count} for count, methods in counts.items() for row in methods.values()]
     rows.sort(key=lambda row: str(row["title"]))
-    return {"columns": _shown_columns(rows, COLUMNS | {"seconds_picture": "Seconds a picture ↓"}), "rows": rows}
+    return {
+        "columns": _shown_columns(rows, COLUMNS | {"seconds_picture": "Seconds a picture ↓"}),
+        "rows": rows,
+        "made_by": made,
+    }
 
 
 def _ablations(files: Found) -> dict[str, Any] | None:

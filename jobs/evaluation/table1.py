@@ -157,8 +157,8 @@ def made_by(protocol: Protocol, command: str) -> dict[str, Any]:
     subjects = sha256("".join(case.digest for case in cases).encode()).hexdigest()
     return {
         "command": cli.command_line(f"jobs.evaluate {command}", protocol),
-        "data": None if protocol.photographs.data is None else str(protocol.photographs.data),
         "protocol": {
+            "data": None if protocol.photographs.data is None else str(protocol.photographs.data.absolute()),
             "split": protocol.split,
             "identities": len(cases),
             "subjects": subjects[:DIGEST_LENGTH],
