@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
 
 from instantbooth.errors import ImageError, ParameterError, PromptError, WeightsError
 from instantbooth.evaluation.cases import RECONSTRUCTION, Prompt
 from instantbooth.evaluation.embedders import FaceEmbedder, VisionTransformer
+from instantbooth.evaluation.figures import Judges
 from instantbooth.evaluation.photographs import read_dreambench, read_identities
 from jobs.evaluation.protocol import Photographs, Protocol
 from tests.tiny import portrait
@@ -124,6 +127,20 @@ def tiny_vit(folder: Path) -> Path:
     ViTModel(config, add_pooling_layer=False).save_pretrained(folder)
     ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
     return folder
+
+
+@pytest.mark.parametrize("judge", ["clip", "dino"])
+def test_a_judge_whose_files_lack_tensors_would_be_partly_random(judge: str, tiny: Path, tmp_path: Path) -> None:
+    whole = tiny / "clip" if judge == "clip" else tiny_vit(tmp_path / "dino")
+    partial = tmp_path / "partial"
+    shutil.copytree(whole, partial)
+    tensors = load_file(partial / "model.safetensors")
+    save_file(dict(list(tensors.items())[1:]), partial / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(WeightsError, match="its files lack 1 tensors"):
+        if judge == "clip":
+            Judges.load(partial, VisionTransformer(tiny_vit(tmp_path / "other")))
+        else:
+            VisionTransformer(partial)
 
 
 def test_the_protocol_reads_photographs_and_names_what_is_missing(tiny: Path, tmp_path: Path) -> None:

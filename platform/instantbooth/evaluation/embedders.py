@@ -9,11 +9,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import ViTImageProcessorPil, ViTModel
 
 from instantbooth.errors import WeightsError
-from instantbooth.model.loading import silent_loading
+from instantbooth.model.loading import load_whole
 
 BATCH = 32
 
@@ -58,10 +59,9 @@ class VisionTransformer:
     def __init__(self, folder: Path) -> None:
         """Loads transformers' folder. WeightsError where it is none."""
         try:
-            with silent_loading():
-                self.model = ViTModel.from_pretrained(folder, add_pooling_layer=False).eval()
+            self.model = load_whole(ViTModel, folder, add_pooling_layer=False).eval()
             self.processor = ViTImageProcessorPil.from_pretrained(folder)
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise WeightsError(
                 f"{folder} holds no ViT ({error}); name a folder such as facebook/dino-vits16"
             ) from error

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import BaseImageProcessor, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
@@ -23,7 +24,7 @@ from instantbooth.evaluation.metrics import (
     reconstruction,
     text_alignment,
 )
-from instantbooth.model.loading import silent_loading
+from instantbooth.model.loading import load_whole
 
 COLUMNS: Mapping[str, str] = {
     "alignment": "Alignment ↑",
@@ -75,11 +76,10 @@ class Judges:
     ) -> Judges:
         """The others, and a whole CLIP from its folder. WeightsError where that is none."""
         try:
-            with silent_loading():
-                model = CLIPModel.from_pretrained(clip).eval()
+            model = load_whole(CLIPModel, clip).eval()
             processor = CLIPImageProcessorPil.from_pretrained(clip)
             tokenizer = CLIPTokenizer.from_pretrained(clip)
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise WeightsError(f"{clip} holds no whole CLIP to judge by ({error}); name a CLIP folder") from error
         return cls(
             clip=model,
