@@ -66,6 +66,11 @@ class Table1(Protocol):
     """Rows of the table."""
 
     @property
+    def contestants(self) -> tuple[str, ...]:
+        """The methods."""
+        return self.methods
+
+    @property
     def entrants(self) -> list[Entrant]:
         """The methods with the settings of all."""
         return [Entrant(label=name, method=name, parts=self.parts) for name in self.methods]
@@ -138,7 +143,6 @@ def table_rows(judged: Sequence[Judged]) -> dict[str, dict[str, Any]]:
 
 def made_by(protocol: Protocol, command: str) -> dict[str, Any]:
     """A table's record: command, machine, what was evaluated, and how it was sampled."""
-    names = ("split", "identities", "gallery", "references", "prompts_per_kind")
     return {
         "command": f"python -m jobs.evaluate {command}",
         "machine": {
@@ -146,7 +150,7 @@ def made_by(protocol: Protocol, command: str) -> dict[str, Any]:
             "cpus": os.cpu_count(),
             "torch": torch.__version__,
         },
-        "protocol": {name: getattr(protocol, name) for name in names},
+        "protocol": protocol.record(),
         "sampling": asdict(protocol.parts.sampling),
     }
 
