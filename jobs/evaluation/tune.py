@@ -107,7 +107,7 @@ def with_settings(settings: Settings, method: str, own: Any) -> Settings:
 
 def score(row: dict[str, Any]) -> float:
     """What is maximised; alignment stands for prompt accuracy where no judge knows attributes."""
-    obedience = row.get("prompt_accuracy", row["alignment"])["mean"]
+    obedience = row["prompt_accuracy" if "prompt_accuracy" in row else "alignment"]["mean"]
     return math.sqrt(max(obedience, 0.0) * max(row["face_similarity"]["mean"], 0.0))
 
 

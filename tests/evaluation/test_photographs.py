@@ -15,7 +15,7 @@ import torch
 from onnx import TensorProto, helper
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
 
 from instantbooth.errors import ImageError, ParameterError, PromptError, WeightsError
@@ -26,6 +26,7 @@ from instantbooth.evaluation.figures import Gallery, Judges, judge, table_row
 from instantbooth.evaluation.methods.interface import Reference
 from instantbooth.evaluation.photographs import list_dreambench, list_identities
 from jobs.evaluation.protocol import Photographs, Protocol
+from tests.photographed import Embedding, people, write
 from tests.tiny import portrait
 
 LIST = """Classes
@@ -52,21 +53,6 @@ prompt_list = [
     objects=",\n".join(f"'a {{0}} {{1}} on a mirror {n}'.format(unique_token, class_token)" for n in range(25)),
     live=",\n".join(f"'a {{0}} {{1}} in the snow {n}'.format(unique_token, class_token)" for n in range(25)),
 )
-
-
-def write(path: Path, image: Image.Image) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path)
-
-
-def people(root: Path, counts: dict[str, int]) -> Path:
-    """A folder of so many pictures for each name, beside one of masks."""
-    for person, count in counts.items():
-        for n in range(count):
-            image, mask = portrait(n)
-            write(root / "photos" / person / f"{n}.jpg", image)
-            write(root / "masks" / person / f"{n}.png", mask)
-    return root / "photos"
 
 
 def test_identities_are_folders_and_those_with_too_few_pictures_are_named(tmp_path: Path) -> None:
@@ -176,15 +162,8 @@ def test_pictures_are_compared_with_all_that_are_known_of_a_subject(tiny: Path, 
     assert figures(cat) != figures(replace(cat, known=()))
 
 
-class Embedding(nn.Module):
-    """The mean colour, as an embedding."""
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return pixels.mean(dim=(2, 3)) + 2
-
-
 def onnx_embedding(path: Path) -> Path:
-    """The same for a single picture of 8 × 8 pixels, as an ONNX file."""
+    """What Embedding says of a single picture of 8 × 8 pixels, as an ONNX file."""
     pixels = helper.make_tensor_value_info("pixels", TensorProto.FLOAT, [1, 3, 8, 8])
     embedding = helper.make_tensor_value_info("embedding", TensorProto.FLOAT, [1, 3])
     axes = helper.make_tensor("axes", TensorProto.INT64, [2], [2, 3])
