@@ -17,6 +17,7 @@ from mlflow import MlflowClient
 from instantbooth.errors import InstantBoothError, ParameterError, WeightsError
 from instantbooth.evaluation.cells import Cell, Seconds
 from instantbooth.evaluation.figures import Value
+from instantbooth.evaluation.judges import AttributeJudge
 from instantbooth.evaluation.methods.registry import METHODS, Settings
 from instantbooth.presets import miniature_folder
 from instantbooth.storage import open_store
@@ -302,6 +303,35 @@ def test_what_tuning_left_is_read_and_what_it_did_not_tune_is_said(tmp_path: Pat
     assert named.settings_from("dreambooth") == f"given, {tmp_path / 'mine.json'}"
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"dreambooth": {"steps": "many"}}', "dreambooth: steps must be int, is 'many'"),
+        ('{"dreambooth": {"steps": 1.5}}', "steps must be int, is 1.5"),
+        ('{"dreambooth": {"steps": true}}', "steps must be int, is True"),
+        ('{"instantbooth": {"adapter_scale": "0.3"}}', "adapter_scale must be float | None, is '0.3'"),
+        ('{"dreambooth": 3}', "cannot be read"),
+        ("[]", "cannot be read"),
+    ],
+)
+def test_settings_of_the_wrong_type_are_refused(text: str, words: str) -> None:
+    with pytest.raises(ParameterError, match=re.escape(words)):
+        Settings.from_json(text)
+    assert Settings.from_json('{"ip_adapter": {"scale": 1}, "instantbooth": {"adapter_scale": null}}')
+
+
+def test_an_attribute_judge_that_lacks_what_prompts_want_is_refused(tmp_path: Path) -> None:
+    for part in ("base", "clip", "segmenter", "adapters"):
+        (tmp_path / part).symlink_to(miniature_folder() / part)
+    (tmp_path / "judges").mkdir()
+    (tmp_path / "judges" / "identity").symlink_to(miniature_folder() / "judges" / "identity")
+    AttributeJudge({"style": ["photo", "watercolor"]}).save(tmp_path / "judges" / "attributes")
+    options = replace(small_table(tmp_path), models=tmp_path, methods=("instantbooth",))
+    with pytest.raises(ParameterError, match="the judge knows no"):
+        table1(options)
+    assert not (tmp_path / "cells").exists()
+
+
 def test_tuning_tries_each_value_with_each_and_never_on_the_test_split(tmp_path: Path) -> None:
     parts = Protocol(output=str(tmp_path), **FAST).parts
     grid = Grid(dreambooth_learning_rate=(1e-4, 1e-3), dreambooth_steps=(1, 2, 3))
@@ -309,12 +339,14 @@ def test_tuning_tries_each_value_with_each_and_never_on_the_test_split(tmp_path:
     tried = {(each.parts.settings.dreambooth.learning_rate, each.parts.settings.dreambooth.steps) for each in entrants}
     assert tried == {(rate, steps) for rate in (1e-4, 1e-3) for steps in (1, 2, 3)}
     assert len({each.label for each in entrants}) == len({each.digest for each in entrants}) == 6
-    tuned = [name for name, entry in METHODS.items() if entry.tuned or name.startswith("ip-adapter")]
+    tuned = [name for name in METHODS if not name.startswith("instantbooth")]
     assert all(grid.of(name) for name in tuned)
     with pytest.raises(ParameterError, match="nothing to tune"):
         grid.of("instantbooth")
     with pytest.raises(ParameterError, match="not chosen on the split"):
         tune(Tune(split="test"))
+    with pytest.raises(ParameterError, match="Did you mean 'dreambooth'"):
+        tune(Tune(methods=("dreamboth",)))
 
 
 def test_a_trial_that_gives_up_one_figure_for_the_other_does_not_win() -> None:
@@ -322,6 +354,8 @@ def test_a_trial_that_gives_up_one_figure_for_the_other_does_not_win() -> None:
         return {"prompt_accuracy": {"mean": accuracy}, "face_similarity": {"mean": similarity}}
 
     assert score(row(0.6, 0.6)) > score(row(1.0, 0.3)) > score(row(0.9, -0.2)) == 0
+    aligned = {"alignment": {"mean": 0.25}, "face_similarity": {"mean": 0.36}}
+    assert score(aligned) == pytest.approx(0.3), "of photographs nobody knows attributes"
 
 
 def test_the_page_shows_the_best_the_middle_and_the_worst_subject_and_none_of_them_twice() -> None:
@@ -344,6 +378,13 @@ def test_the_best_distance_is_the_lowest_and_the_best_of_the_rest_the_highest() 
         "two": {"alignment": {"mean": 0.2}, "face_distance": {"mean": 0.5}},
     }
     assert best_of(rows) == {"alignment": "one", "face_distance": "two"}
+
+
+@pytest.mark.parametrize("method", ["foo", "dreambooth"])
+def test_the_frontier_is_of_instantbooth(method: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        tyro.cli(Frontier, args=["--method", method])
+    assert "instantbooth-masked" in capsys.readouterr().err
 
 
 def test_the_frontier_varies_nothing_but_the_strengths(tmp_path: Path) -> None:

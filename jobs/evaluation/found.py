@@ -13,7 +13,7 @@ from jobs.evaluation import ablations, frontier, references
 NOT_OF = {
     ablations.FILE: ("settings", "weights", "segmenter", "ip_adapter", "ip_adapter_image_encoder"),
     references.FILE: (
-        *("identities", "subjects", "references", "gallery"),
+        *("identities", "subjects", "references", "gallery", "dropped"),
         *("settings", "ip_adapter", "ip_adapter_image_encoder"),
     ),
     frontier.FILE: (),

@@ -7,7 +7,7 @@ import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from instantbooth.evaluation.methods.personalizer import InstantBoothConfig
 from instantbooth.evaluation.methods.registry import METHODS
@@ -30,8 +30,8 @@ CURVES = PEERS
 class Frontier(Protocol):
     """Which strengths are tried."""
 
-    method: str = "instantbooth-masked"
-    """Whose α and β are varied: instantbooth, or instantbooth-masked as IP-Adapter's references are masked too."""
+    method: Literal["instantbooth", "instantbooth-masked"] = "instantbooth-masked"
+    """Whose α and β are varied; IP-Adapter's references are masked too."""
     adapter_scales: tuple[float, ...] = (0.3, 0.6, 1.0, 1.3)
     """β."""
     concept_scales: tuple[float, ...] = (0.4, 0.7, 1.0)

@@ -65,6 +65,11 @@ class Table1(Protocol):
     """Rows of the table."""
 
     @property
+    def contestants(self) -> tuple[str, ...]:
+        """The methods."""
+        return self.methods
+
+    @property
     def entrants(self) -> list[Entrant]:
         """The methods with the settings of all."""
         return [Entrant(label=name, method=name, parts=self.parts) for name in self.methods]
@@ -149,7 +154,7 @@ def table_rows(options: Table1, judged: Sequence[Judged]) -> dict[str, dict[str,
 
 def made_by(protocol: Protocol, command: str) -> dict[str, Any]:
     """A table's record: its command, what was evaluated with which models, who judged, and how it was sampled."""
-    cases, parts = protocol.cases(), protocol.parts
+    cases, parts, data = protocol.cases(), protocol.parts, protocol.photographs.data
     named = {each: getattr(parts.models, each) for each in ("base", "image_encoder", "weights", "segmenter")}
     places = {name: locate(place) for name, place in named.items() if place is not None}
     places |= {"ip_adapter": parts.ip_adapter, "ip_adapter_image_encoder": locate(parts.ip_adapter_image_encoder)}
@@ -157,15 +162,7 @@ def made_by(protocol: Protocol, command: str) -> dict[str, Any]:
     subjects = sha256("".join(case.digest for case in cases).encode()).hexdigest()
     return {
         "command": cli.command_line(f"jobs.evaluate {command}", protocol),
-        "protocol": {
-            "data": None if protocol.photographs.data is None else str(protocol.photographs.data.absolute()),
-            "split": protocol.split,
-            "identities": len(cases),
-            "subjects": subjects[:DIGEST_LENGTH],
-            "gallery": protocol.gallery,
-            "references": protocol.references,
-            "prompts": len(cases[0].prompts),
-        },
+        "protocol": protocol.record() | {"data": data and str(data.absolute()), "subjects": subjects[:DIGEST_LENGTH]},
         "sampling": asdict(parts.sampling),
         "settings": asdict(parts.settings),
         "places": {name: str(place) for name, place in places.items()},

@@ -68,6 +68,12 @@ def load_weights(folder: Path, trained: nn.Module, *, prefix: str = "") -> None:
 
     WeightsError where they are missing, damaged or of another shape.
     """
+    tensors = fitting_tensors(folder, trained, prefix=prefix)
+    trained.load_state_dict({name.removeprefix(prefix): value for name, value in tensors.items()})
+
+
+def fitting_tensors(folder: Path, trained: nn.Module, *, prefix: str = "") -> dict[str, Tensor]:
+    """The tensors that `load_weights` copies, under their names in the folder. Raises as it does."""
     path = folder / TENSORS_FILE
     tensors = {name: value for name, value in read_tensors(folder).items() if name.startswith(prefix)}
     expected = {prefix + name: tuple(value.shape) for name, value in trained.state_dict().items()}
@@ -79,7 +85,7 @@ def load_weights(folder: Path, trained: nn.Module, *, prefix: str = "") -> None:
             f"{path} does not fit the model in {len(wrong)} tensors, first {name}: found {found.get(name)}, the model "
             f"has {expected.get(name)}; use the base model and image encoder these weights were trained with"
         )
-    trained.load_state_dict({name.removeprefix(prefix): value for name, value in tensors.items()})
+    return tensors
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 
 from instantbooth import Personalizer
 from instantbooth.errors import ParameterError, did_you_mean
+from instantbooth.evaluation.cases import Case
 from instantbooth.evaluation.ip_adapter import weights
 from instantbooth.evaluation.ip_adapter.origin import check_origin
 from instantbooth.evaluation.methods.dreambooth import DreamBooth, DreamBoothConfig
@@ -19,7 +20,8 @@ from instantbooth.evaluation.methods.interface import Method, Sampling
 from instantbooth.evaluation.methods.ip_adapter import IPAdapter, IPAdapterConfig
 from instantbooth.evaluation.methods.personalizer import InstantBooth, InstantBoothConfig
 from instantbooth.evaluation.methods.textual_inversion import TextualInversion, TextualInversionConfig
-from instantbooth.model.base import BaseModel, device_of, locate
+from instantbooth.model.base import BaseModel, device_of, locate, unet_outline
+from instantbooth.model.personalizer import check_fit
 from instantbooth.presets import ModelPreset
 
 
@@ -52,13 +54,19 @@ class Settings:
 
     @classmethod
     def from_json(cls, text: str, defaults: Settings | None = None, *, name: str = "the settings") -> Settings:
-        """Settings from JSON; what is missing is as in `defaults`. ParameterError for an unknown method or field."""
+        """Settings from JSON; what is missing is as in `defaults`.
+
+        ParameterError for an unknown method or field, and for a value of the wrong type.
+        """
         try:
             values: dict[str, dict[str, Any]] = json.loads(text)
             chosen = {}
             for each in fields(cls):
-                known = getattr(defaults or cls(), each.name)
-                chosen[each.name] = type(known)(**(asdict(known) | values.pop(each.name, {})))
+                known, given = getattr(defaults or cls(), each.name), values.pop(each.name, {})
+                _check_types(f"{name}, {each.name}", type(known), given)
+                chosen[each.name] = replace(known, **given)
+        except ParameterError:
+            raise
         except (ValueError, TypeError, AttributeError) as error:
             raise ParameterError(f"{name} cannot be read ({error}); write what `jobs.evaluate tune` writes") from error
         if values:
@@ -99,8 +107,8 @@ class Entry:
 
     title: str
     build: Callable[[Parts], Method[Any]]
-    tuned: bool = False
-    """Whether it optimises for each subject."""
+    any_class: bool = True
+    """Whether it pictures subjects of any class, or those alone that InstantBooth's weights know."""
 
 
 def _booth(parts: Parts) -> Personalizer:
@@ -127,21 +135,20 @@ def _ip_adapter_file(parts: Parts, config: IPAdapterConfig) -> Path:
     return parts.ip_adapter / config.variant / weights.FILE
 
 
+MASKED = "instantbooth-masked"
+
 METHODS: Mapping[str, Entry] = {
     "textual-inversion": Entry(
         title="Textual Inversion",
         build=lambda parts: TextualInversion(_base(parts), parts.sampling, parts.settings.textual_inversion),
-        tuned=True,
     ),
     "dreambooth": Entry(
         title="DreamBooth",
         build=lambda parts: DreamBooth(_base(parts), parts.sampling, parts.settings.dreambooth),
-        tuned=True,
     ),
     "dreambooth-lora": Entry(
         title="DreamBooth, LoRA",
         build=lambda parts: DreamBooth(_base(parts), parts.sampling, parts.settings.dreambooth_lora),
-        tuned=True,
     ),
     "ip-adapter": Entry(
         title="IP-Adapter",
@@ -154,19 +161,21 @@ METHODS: Mapping[str, Entry] = {
     "instantbooth": Entry(
         title="InstantBooth",
         build=lambda parts: InstantBooth(_booth(parts), parts.sampling, parts.settings.instantbooth, masked=False),
+        any_class=False,
     ),
-    "instantbooth-masked": Entry(
+    MASKED: Entry(
         title="InstantBooth + M",
         build=lambda parts: InstantBooth(
             _booth(parts), parts.sampling, parts.settings.instantbooth_masked, masked=True
         ),
+        any_class=False,
     ),
 }
 """In the order of the paper's Table 1."""
 
 
 def check_methods(names: tuple[str, ...], parts: Parts) -> None:
-    """What can be wrong before any model is loaded: unknown names, weights that are not there.
+    """What can be wrong before any model is loaded: unknown names, weights that are not there or of another base.
 
     Raises ParameterError and WeightsError.
     """
@@ -176,8 +185,34 @@ def check_methods(names: tuple[str, ...], parts: Parts) -> None:
         config = parts.settings.of(name)
         if isinstance(config, IPAdapterConfig):
             file, image_encoder = _ip_adapter_file(parts, config), locate(parts.ip_adapter_image_encoder)
-            state = weights.load(file, config.variant)
-            check_origin(file, locate(parts.models.base), image_encoder)
+            state, base = weights.load(file, config.variant), locate(parts.models.base)
+            check_origin(file, base, image_encoder)
+            weights.check_fits(unet_outline(base), state, file)
             weights.check_reads(image_encoder, state, file)
-        if name.startswith("instantbooth") and parts.models.weights is None:
-            raise ParameterError(f"{name} needs trained weights; pass --weights, or leave it out by --methods")
+        elif isinstance(config, InstantBoothConfig):
+            if parts.models.weights is None:
+                raise ParameterError(f"{name} needs trained weights; pass --weights, or leave it out by --methods")
+            check_fit(parts.models)
+
+
+def check_references(names: tuple[str, ...], parts: Parts, cases: Sequence[Case]) -> None:
+    """ParameterError where a method needs masks that are not there."""
+    if MASKED not in names or parts.models.segmenter is not None:
+        return
+    for case in cases:
+        if any(reference.mask is None for reference in case.references):
+            raise ParameterError(
+                f"{MASKED} needs masks, and the pictures of {case.name} have none; pass --masks or --segmenter, or "
+                "leave it out by --methods"
+            )
+
+
+def _check_types(name: str, config: type, given: Mapping[str, object]) -> None:
+    """ParameterError for a value of another type than its field's; a whole number may stand for any number."""
+    types = get_type_hints(config)
+    for field, value in given.items():
+        wanted = types.get(field, object)
+        allowed = wanted | int if isinstance(0.0, wanted) else wanted
+        if isinstance(value, bool) or not isinstance(value, allowed):
+            word = getattr(wanted, "__name__", str(wanted))
+            raise ParameterError(f"{name}: {field} must be {word}, is {value!r}; correct it")
