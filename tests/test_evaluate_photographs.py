@@ -53,13 +53,13 @@ def test_the_number_of_references_changes_what_is_given_and_nothing_else(
 ) -> None:
     options = References(**photographed(tiny, tmp_path), methods=("instantbooth",), counts=(1, 3))
     # With one picture alone it would come first among those who have enough for the lowest count.
-    people(tmp_path, {"abe": 1})
+    people(tmp_path, {"abel": 1})
     references(options)
     found = read(options, "references.json")
     assert list(found["rows"]) == ["1", "3"]
     assert found["made_by"]["protocol"]["references"] == 3
     assert found["made_by"]["protocol"]["gallery"] == len(TEST), "as many as there are"
-    assert found["made_by"]["protocol"]["dropped"] == {"abe": "1 pictures, 3 are needed"}
+    assert found["made_by"]["protocol"]["dropped"] == {"abel": "1 pictures, 3 are needed"}
     assert pictured(options, "instantbooth") == {"ada", "ben"}
 
     entrant = Entrant(label="instantbooth", method="instantbooth", parts=options.parts)
