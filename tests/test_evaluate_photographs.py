@@ -102,7 +102,16 @@ def test_the_frontier_is_made_of_photographs_too(ray_session: None, tiny: Path, 
         ({"prompts_per_kind": 3}, ParameterError, "--prompts-per-kind is for the miniature"),
         ({"pictures_per_prompt": 1}, ParameterError, "--pictures-per-prompt is for --layout dreambench"),
         ({"layout": "dreambench"}, ParameterError, "--masks is for identities"),
-        ({"layout": "dreambench", "masks": None, "split": "validation"}, ParameterError, "--split is for identities"),
+        (
+            {"layout": "dreambench", "masks": None, "split": "validation"},
+            ParameterError,
+            "all of DreamBench's subjects are",
+        ),
+        (
+            {"layout": "dreambench", "masks": None, "pictures_per_prompt": 0},
+            ParameterError,
+            "pictures_per_prompt must be",
+        ),
         ({"identities": 0}, ParameterError, "identities must be at least 1, is 0"),
         ({"identities": -5}, ParameterError, "identities must be at least 1, is -5"),
         ({"identities": 9}, ParameterError, "3 usable subjects of its test split, identities is 9"),
@@ -125,6 +134,12 @@ def test_what_is_wrong_with_photographs_is_said_before_any_cell(
     with pytest.raises(error, match=words):
         table1(Table1(**given, methods=("instantbooth-masked",)))
     assert not (tmp_path / "cells").exists()
+
+
+def test_nothing_is_tuned_on_dreambench(prepared: dict[str, Any]) -> None:
+    photographs = replace(prepared["photographs"], layout="dreambench", masks=None)
+    with pytest.raises(ParameterError, match="all of DreamBench's subjects are for the test"):
+        tune(Tune(**prepared | {"photographs": photographs}, methods=("dreambooth",)))
 
 
 @pytest.fixture(scope="module")
