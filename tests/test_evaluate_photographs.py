@@ -53,14 +53,14 @@ def test_the_number_of_references_changes_what_is_given_and_nothing_else(
 ) -> None:
     options = References(**photographed(tiny, tmp_path), methods=("instantbooth",), counts=(1, 3))
     # With one picture alone it would come first among those who have enough for the lowest count.
-    people(tmp_path, {"abe": 1})
+    people(tmp_path, {"abel": 1})
     references(options)
     found = read(options, "references.json")
     assert list(found["rows"]) == ["1", "3"]
     assert found["made_by"]["protocol"]["references"] == 3
     assert "--references" not in found["made_by"]["command"], "which refuses it"
     assert found["made_by"]["protocol"]["gallery"] == len(TEST), "as many as there are"
-    assert found["made_by"]["protocol"]["dropped"] == {"abe": "1 pictures, 3 are needed"}
+    assert found["made_by"]["protocol"]["dropped"] == {"abel": "1 pictures, 3 are needed"}
     assert pictured(options, "instantbooth") == {"ada", "ben"}
 
     entrant = Entrant(label="instantbooth", method="instantbooth", parts=options.parts)
@@ -109,7 +109,16 @@ def test_the_frontier_is_made_of_photographs_too(ray_session: None, tiny: Path, 
         ({"prompts_per_kind": 3}, ParameterError, "--prompts-per-kind is for the miniature"),
         ({"pictures_per_prompt": 1}, ParameterError, "--pictures-per-prompt is for --layout dreambench"),
         ({"layout": "dreambench"}, ParameterError, "--masks is for identities"),
-        ({"layout": "dreambench", "masks": None, "split": "validation"}, ParameterError, "--split is for identities"),
+        (
+            {"layout": "dreambench", "masks": None, "split": "validation"},
+            ParameterError,
+            "all of DreamBench's subjects are",
+        ),
+        (
+            {"layout": "dreambench", "masks": None, "pictures_per_prompt": 0},
+            ParameterError,
+            "pictures_per_prompt must be",
+        ),
         ({"identities": 0}, ParameterError, "identities must be at least 1, is 0"),
         ({"identities": -5}, ParameterError, "identities must be at least 1, is -5"),
         ({"identities": 9}, ParameterError, "3 usable subjects of its test split, identities is 9"),
@@ -132,6 +141,12 @@ def test_what_is_wrong_with_photographs_is_said_before_any_cell(
     with pytest.raises(error, match=words):
         table1(Table1(**given, methods=("instantbooth-masked",)))
     assert not (tmp_path / "cells").exists()
+
+
+def test_nothing_is_tuned_on_dreambench(prepared: dict[str, Any]) -> None:
+    photographs = replace(prepared["photographs"], layout="dreambench", masks=None)
+    with pytest.raises(ParameterError, match="all of DreamBench's subjects are for the test"):
+        tune(Tune(**prepared | {"photographs": photographs}, methods=("dreambooth",)))
 
 
 @pytest.fixture(scope="module")

@@ -265,7 +265,12 @@ class Protocol:
             refuse_unused(
                 self.photographs, ("masks", "class_noun"), "is for identities: DreamBench has its own classes"
             )
-            refuse_unused(self, ("split",), "is for identities: all of DreamBench's subjects are for the test")
+            if self.split != "test":
+                raise ParameterError(
+                    f"split is {self.split}, and all of DreamBench's subjects are for the test; choose hyperparameters "
+                    "on photographs of --layout identities"
+                )
+            check_count("pictures_per_prompt", self.photographs.pictures_per_prompt, 1)
         else:
             refuse_unused(self.photographs, ("pictures_per_prompt",), "is for --layout dreambench")
 

@@ -55,12 +55,13 @@ class FaceEmbedder:
 
 def _torchscript_model(path: Path) -> Callable[[Tensor], Tensor]:
     try:
-        return torch.jit.load(str(path), map_location="cpu").eval()
+        model: Callable[[Tensor], Tensor] = torch.jit.load(str(path), map_location="cpu").eval()
     except (RuntimeError, ValueError, OSError) as error:
         raise WeightsError(
             f"{path} is no TorchScript face embedder ({error}); save one by torch.jit.trace(model, pixels).save(path), "
             "or name an .onnx file"
         ) from error
+    return model
 
 
 def _onnx_model(path: Path) -> Callable[[Tensor], Tensor]:
