@@ -34,6 +34,7 @@ class Found:
 def look(store: ObjectStore, made: Mapping[str, Any]) -> Found:
     """Reads what is there. `made` is the record of the page that it is for."""
     files, left_out = {}, []
+    made = json.loads(json.dumps(made))
     for file, aside in NOT_OF.items():
         if store.exists(file):
             content = json.loads(store.get(file))

@@ -12,7 +12,7 @@ from instantbooth.evaluation.figures import COLUMNS, TIMES, ranked
 from instantbooth.presets import tracking_uri
 from instantbooth.prompts import SUBJECT_FIELD
 from instantbooth.storage import open_store
-from instantbooth.tracking import absolute_tracking_uri, open_run
+from instantbooth.tracking import absolute_tracking_uri, open_run, reporting
 from jobs import cli
 from jobs.evaluation import ablations, frontier, references
 from jobs.evaluation.found import Found, look, named_rows
@@ -192,9 +192,6 @@ def _track(
     options: Report, made: Mapping[str, Any], tables: Mapping[str, Mapping[str, Mapping[str, Any]]], page: str
 ) -> None:
     """One run for the output: its record as parameters, every mean and bound as a metric, the page as an artifact."""
-    output = open_store(options.output).uri(PAGE).rpartition("/")[0]
-    run = open_run(absolute_tracking_uri(options.tracking_uri), output)
-    run.log_parameters(flat(dict(made)))
     figures = {
         f"{table.removesuffix('.json')}.{name}.{column}.{bound}": value
         for table, rows in tables.items()
@@ -202,6 +199,11 @@ def _track(
         for column in (*COLUMNS, *TIMES)
         for bound, value in row.get(column, {}).items()
     }
-    run.log_steps({0: figures})
-    run.keep({PAGE: page.encode()})
-    run.end("FINISHED")
+    dropped = len(made["protocol"].get("dropped", ()))
+    uri = absolute_tracking_uri(options.tracking_uri)
+    with reporting(uri):
+        run = open_run(uri, open_store(options.output).uri(PAGE).rpartition("/")[0])
+        run.log_parameters(flat({**made, "protocol": made["protocol"] | {"dropped": dropped}}))
+        run.log_steps({0: figures})
+        run.keep({PAGE: page.encode()})
+        run.end("FINISHED")
