@@ -42,10 +42,10 @@ def people(folder: Path, counts: dict[str, int]) -> Path:
     return folder / "photos"
 
 
-def untrained_adapters(tiny: Path, folder: Path) -> Path:
-    """An untrained IP-Adapter of each variant for the tiny base, with a projection that matters."""
+def untrained_adapters(tiny: Path, folder: Path, clip: Path | None = None) -> Path:
+    """An untrained IP-Adapter of each variant for the tiny base and a CLIP, by default its own; its projection matters."""
     unet = BaseModel.load(str(tiny / "base"), device=CPU, dtype=torch.float32).unet
-    encoder = ImageEncoder(tiny / "clip", patch_layer=weights.PLUS_LAYER, device=CPU, dtype=torch.float32)
+    encoder = ImageEncoder(clip or tiny / "clip", patch_layer=weights.PLUS_LAYER, device=CPU, dtype=torch.float32)
     torch.manual_seed(0)
     for variant in weights.VARIANTS:
         weights.save(weights.new_state(unet, encoder, variant), folder / variant / weights.FILE)

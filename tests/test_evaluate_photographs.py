@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from instantbooth.errors import InstantBoothError, ParameterError, WeightsError
 from instantbooth.evaluation.ip_adapter import weights
+from instantbooth.evaluation.ip_adapter.origin import MODELS, RECORD
+from instantbooth.evaluation.methods.registry import METHODS
 from instantbooth.evaluation.metrics import reconstruction
 from instantbooth.presets import miniature_folder
 from jobs.evaluation.frontier import Frontier, frontier
@@ -21,7 +23,7 @@ from jobs.evaluation.references import References, references
 from jobs.evaluation.sweep import Entrant, sweep
 from jobs.evaluation.table1 import Table1, made_by, table1
 from jobs.evaluation.tune import Grid, Tune, tune
-from tests.photographed import TEST, VALIDATION, people, photographed
+from tests.photographed import TEST, VALIDATION, people, photographed, untrained_adapters
 
 
 def read(options: Any, file: str) -> Any:
@@ -44,7 +46,9 @@ def test_settings_are_tuned_on_identities_that_are_not_tested(ray_session: None,
         found = max(row["alignment"]["mean"], 0) * max(row["face_similarity"]["mean"], 0)
         assert row["score"] == pytest.approx(found**0.5)
     best = max((row for label, row in trials.items() if label.startswith("ip-adapter")), key=lambda row: row["score"])
-    assert read(options, "settings.json")["ip_adapter"] == best["settings"]
+    chosen = read(options, "settings.json")
+    assert set(chosen) == {"textual_inversion", "ip_adapter"}, "the others were not tuned"
+    assert chosen["ip_adapter"] == best["settings"]
     assert pictured(options, "ip-adapter") == set(VALIDATION)
 
 
@@ -155,6 +159,10 @@ def prepared(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 
 def test_an_ip_adapter_of_another_base_is_refused_before_any_cell(prepared: dict[str, Any], tmp_path: Path) -> None:
+    foreign = str(miniature_folder() / "clip")
+    options = Table1(**prepared, ip_adapter_image_encoder=foreign, references=1, methods=("ip-adapter",))
+    with pytest.raises(WeightsError, match="reads another image encoder"):
+        table1(options)
     file = tmp_path / "global" / weights.FILE
     file.parent.mkdir()
     tensors = load_file(prepared["ip_adapter"] / "global" / weights.FILE)
@@ -163,6 +171,20 @@ def test_an_ip_adapter_of_another_base_is_refused_before_any_cell(prepared: dict
     options = Table1(**prepared | {"ip_adapter": tmp_path, "output": str(tmp_path / "out")}, methods=("ip-adapter",))
     with pytest.raises(WeightsError, match="does not fit the base"):
         table1(replace(options, references=1))
+    file.with_name(RECORD).write_text(json.dumps({MODELS: {}}))
+    with pytest.raises(WeightsError, match="was trained for another tokenizer"):
+        table1(replace(options, references=1))
+
+
+def test_an_ip_adapter_may_read_an_image_encoder_of_its_own(
+    prepared: dict[str, Any], tiny: Path, tmp_path: Path
+) -> None:
+    clip = miniature_folder() / "clip"
+    own = {"ip_adapter": untrained_adapters(tiny, tmp_path, clip), "ip_adapter_image_encoder": str(clip)}
+    options = Table1(**prepared | own, references=1, methods=("ip-adapter",))
+    options.check(options.methods)
+    method = METHODS["ip-adapter"].build(options.parts)
+    assert method.image_encoder.folder == clip
 
 
 def test_methods_of_any_class_need_no_noun_that_weights_know(
