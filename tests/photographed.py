@@ -43,7 +43,7 @@ def people(folder: Path, counts: dict[str, int]) -> Path:
 
 
 def untrained_adapters(tiny: Path, folder: Path, clip: Path | None = None) -> Path:
-    """An untrained IP-Adapter of each variant for the tiny base and a CLIP, by default its own; its projection matters."""
+    """An untrained IP-Adapter of each variant for the tiny base and its CLIP, or another; its projection matters."""
     unet = BaseModel.load(str(tiny / "base"), device=CPU, dtype=torch.float32).unet
     encoder = ImageEncoder(clip or tiny / "clip", patch_layer=weights.PLUS_LAYER, device=CPU, dtype=torch.float32)
     torch.manual_seed(0)
