@@ -209,9 +209,10 @@ def check_references(names: tuple[str, ...], parts: Parts, cases: Sequence[Case]
 
 def _check_types(name: str, config: type, given: Mapping[str, object]) -> None:
     """ParameterError for a value of another type than its field's; a whole number may stand for any number."""
-    types = get_type_hints(config)
-    for field, value in given.items():
-        wanted = types.get(field, object)
+    for field, wanted in get_type_hints(config).items():
+        if field not in given:
+            continue
+        value = given[field]
         allowed = wanted | int if isinstance(0.0, wanted) else wanted
         if isinstance(value, bool) or not isinstance(value, allowed):
             word = getattr(wanted, "__name__", str(wanted))
