@@ -177,7 +177,7 @@ def test_the_number_of_references_is_said_by_the_counts_alone() -> None:
 
 @pytest.mark.parametrize("name", ["base", "clip", "face", "face_size", "layout", "class_noun", "masks", "segmenter"])
 def test_options_for_photographs_do_nothing_without_any_and_are_refused(name: str) -> None:
-    value: object = "dreambench" if name == "layout" else Path("given") if name in ("face", "masks") else "given"
+    value: Any = "dreambench" if name == "layout" else Path("given") if name in ("face", "masks") else "given"
     option = f"--{name.replace('_', '-')}"
     with pytest.raises(InstantBoothError, match=f"{option} is for photographs, and there are none without --data"):
         table1(Table1(photographs=Photographs(**{name: value})))
