@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from instantbooth.errors import InstantBoothError, ParameterError, WeightsError
+from instantbooth.errors import ImageError, InstantBoothError, ParameterError, WeightsError
 from instantbooth.evaluation.ip_adapter import weights
 from instantbooth.evaluation.ip_adapter.origin import MODELS, RECORD
 from instantbooth.evaluation.methods.registry import METHODS
@@ -199,6 +199,16 @@ def test_methods_of_any_class_need_no_noun_that_weights_know(
     assert made_by(options, "table1")["protocol"]["dropped"] == {"joe": "1 pictures, 2 are needed"}
 
 
+def test_only_the_chosen_subjects_are_decoded(prepared: dict[str, Any], tmp_path: Path) -> None:
+    data = people(tmp_path, {"ada": 1, "ben": 1, "eve": 1})
+    (data / "eve" / "0.jpg").write_bytes(b"no picture")
+    photographs = replace(prepared["photographs"], data=data, masks=None)
+    options = Table1(**prepared | {"photographs": photographs}, references=1)
+    assert [case.name for case in options.cases()] == ["ada", "ben"]
+    with pytest.raises(ImageError, match=r"0\.jpg"):
+        replace(options, identities=3).cases()
+
+
 def test_the_number_of_references_is_said_by_the_counts_alone() -> None:
     with pytest.raises(ParameterError, match="--references does nothing here"):
         references(References(references=2))
@@ -206,7 +216,7 @@ def test_the_number_of_references_is_said_by_the_counts_alone() -> None:
 
 @pytest.mark.parametrize("name", ["base", "clip", "face", "face_size", "layout", "class_noun", "masks", "segmenter"])
 def test_options_for_photographs_do_nothing_without_any_and_are_refused(name: str) -> None:
-    value: object = "dreambench" if name == "layout" else Path("given") if name in ("face", "masks") else "given"
+    value: Any = "dreambench" if name == "layout" else Path("given") if name in ("face", "masks") else "given"
     option = f"--{name.replace('_', '-')}"
     with pytest.raises(InstantBoothError, match=f"{option} is for photographs, and there are none without --data"):
         table1(Table1(photographs=Photographs(**{name: value})))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -198,6 +199,12 @@ def test_a_face_embedder_is_any_torchscript_or_onnx_file_of_the_right_shape(tmp_
         FaceEmbedder(tmp_path / "pixels.pt")
     with pytest.raises(WeightsError, match="no TorchScript face embedder"):
         FaceEmbedder(tmp_path / "absent.pt")
+
+
+def test_an_onnx_file_without_its_reader_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(WeightsError, match=r"pip install 'instantbooth\[onnx\]'"):
+        FaceEmbedder(Path("face.onnx"))
 
 
 def tiny_vit(folder: Path) -> Path:
