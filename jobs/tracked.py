@@ -109,10 +109,10 @@ class Tracking:
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, object]:
     """Nested options by dotted names."""
-    flat: dict[str, object] = {}
+    found: dict[str, object] = {}
     for name, value in values.items():
-        flat |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
 
 
 def _provenance() -> dict[str, object]:

@@ -121,7 +121,7 @@ def _references(found: Found) -> dict[str, Any] | None:
     rows = [row | {"count": count} for count, methods in counts.items() for row in methods.values()]
     rows.sort(key=lambda row: str(row["title"]))
     return {
-        "columns": _shown_columns(rows, COLUMNS | {"seconds_picture": "Seconds a picture ↓"}),
+        "columns": _shown_columns(rows, {**COLUMNS, "seconds_picture": "Seconds a picture ↓"}),
         "rows": rows,
         "made_by": made,
     }
