@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import fields, is_dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 from rich.console import Console
@@ -45,6 +47,23 @@ def commands(runs: Mapping[str, Callable[..., object]], description: str | None)
     """Runs the command named first on the command line, a function of one Flat configuration."""
     with ending():
         tyro.extras.subcommand_cli_from_dict(dict(runs), description=description)
+
+
+def command_line(command: str, options: Any) -> str:
+    """The command that is given these options: those that differ from their defaults."""
+    return shlex.join(["python", "-m", *command.split(), *_given(options, type(options)())])
+
+
+def _given(options: Any, defaults: Any, prefix: str = "") -> Iterator[str]:
+    for each in fields(options):
+        value, default = getattr(options, each.name), getattr(defaults, each.name)
+        if value == default:
+            continue
+        if is_dataclass(value):
+            yield from _given(value, default, prefix if "Flat" in str(each.type) else f"{prefix}{each.name}.")
+        else:
+            yield f"--{prefix}{each.name}".replace("_", "-")
+            yield from map(str, value if isinstance(value, tuple) else [value])
 
 
 @contextmanager

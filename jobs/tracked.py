@@ -91,7 +91,7 @@ class Tracking:
         try:
             with reporting(tracking_uri):
                 run = open_run(tracking_uri, self.config.run, artifacts=self.config.artifacts)
-                run.log_parameters(_flat(asdict(self.config)) | {"dataset_digest": self.shards.digest})
+                run.log_parameters(flat(asdict(self.config)) | {"dataset_digest": self.shards.digest})
                 run.tag(_provenance() | {"checkpoints": f"{self.config.run}/{FOLDER}"})
             opening.set_result(run)
         except Exception as error:
@@ -107,12 +107,12 @@ class Tracking:
             log.warning("%s; %s", error, consequence)
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, object]:
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, object]:
     """Nested options by dotted names."""
-    flat: dict[str, object] = {}
+    found: dict[str, object] = {}
     for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
 
 
 def _provenance() -> dict[str, object]:

@@ -8,19 +8,23 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from instantbooth.errors import ParameterError, did_you_mean
 from instantbooth.evaluation.ip_adapter import weights
+from instantbooth.evaluation.ip_adapter.origin import MODELS, RECORD, trained_for
 from instantbooth.miniature.corpus import Corpus, render_corpus
 from instantbooth.miniature.ip_adapter import train_ip_adapter
 from instantbooth.miniature.pairs import Pairs, corpus_latents
-from instantbooth.miniature.recipe import RECIPES
+from instantbooth.miniature.recipe import RECIPES, Recipe
 from instantbooth.model.base import BaseModel, device_of
 from instantbooth.model.encoders import ImageEncoder
 from instantbooth.presets import miniature_folder
+from instantbooth.training.adapters import AdapterTrainingConfig
 from jobs import cli
 from jobs.recipes import RecipeOption
 
@@ -36,7 +40,7 @@ class IPAdapterJob:
     models: Path | None = None
     """A miniature built elsewhere (its base/ and clip/); the shipped one if not given."""
     recipe: RecipeOption = RECIPES["gpu"]
-    """Its pairs and its steps of adapters: InstantBooth's own budget."""
+    """Its pairs and its rounds of adapters: InstantBooth's own budget."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
     def __post_init__(self) -> None:
@@ -46,33 +50,69 @@ class IPAdapterJob:
 
 
 def run(job: IPAdapterJob) -> None:
-    """Trains what is not trained yet, and prints each variant's record."""
+    """Trains what is not trained yet, and prints each variant's record.
+
+    ParameterError where what is there was trained otherwise, or for other models.
+    """
     models = job.models or miniature_folder()
+    plans = {variant: plan(job, models, variant) for variant in job.variants}
+    for variant, planned in plans.items():
+        check_record(job.output / variant / RECORD, planned)
     corpus = render_corpus("pretraining", job.recipe.adapter_pictures, 1, job.output / "corpora")
-    for variant in job.variants:
-        record_path = job.output / variant / "RECORD.json"
+    for variant, planned in plans.items():
+        record_path = job.output / variant / RECORD
         if not record_path.exists():
             record_path.parent.mkdir(parents=True, exist_ok=True)
-            record = _train(job, models, corpus, variant)
+            record = planned | _train(job, models, corpus, variant, planned)
             record_path.write_text(json.dumps(record, indent=2) + "\n")
         print(f"{variant}: {record_path.read_text()}")
 
 
-def _train(job: IPAdapterJob, models: Path, corpus: Corpus, variant: str) -> dict[str, object]:
-    device, config = device_of(job.device), job.recipe.adapters
+def rounds(recipe: Recipe) -> list[AdapterTrainingConfig]:
+    """InstantBooth's own trainings, one after the other."""
+    return [each for each in (recipe.adapters, recipe.adapter_refinement) if each is not None]
+
+
+def plan(job: IPAdapterJob, models: Path, variant: str) -> dict[str, Any]:
+    """All that the trained weights depend on, as their record says it."""
+    planned = {
+        "variant": variant,
+        MODELS: trained_for(models / "base", models / "clip"),
+        "pictures": job.recipe.adapter_pictures,
+        "rounds": [asdict(each) for each in rounds(job.recipe)],
+    }
+    found: dict[str, Any] = json.loads(json.dumps(planned))
+    return found
+
+
+def check_record(path: Path, planned: dict[str, Any]) -> None:
+    """ParameterError where the weights that are there are not the planned ones."""
+    if not path.exists():
+        return
+    made = json.loads(path.read_text())
+    for name, value in planned.items():
+        if made.get(name) != value:
+            raise ParameterError(
+                f"{path} is of a training with {name} {made.get(name)}, asked is {value}; repeat its options, or name "
+                "another --output"
+            )
+
+
+def _train(job: IPAdapterJob, models: Path, corpus: Corpus, variant: str, planned: dict[str, Any]) -> dict[str, object]:
+    device = device_of(job.device)
     base = BaseModel.load(str(models / "base"), device=device, dtype=torch.float32)
     encoder = ImageEncoder(models / "clip", patch_layer=weights.PLUS_LAYER, device=device, dtype=torch.float32)
     pairs = Pairs(corpus, corpus_latents(corpus, base.vae, job.output / "corpora"))
     started = time.perf_counter()
-    trained, losses = train_ip_adapter(variant, base, encoder, pairs, config, folder=job.output / "checkpoints")
+    # Another plan's checkpoints, or another base's, are not gone on from.
+    checkpoints = job.output / "checkpoints" / sha256(json.dumps(planned).encode()).hexdigest()[:12]
+    trained, losses = train_ip_adapter(variant, base, encoder, pairs, rounds(job.recipe), folder=checkpoints)
     weights.save(trained.state(), job.output / variant / weights.FILE)
     return {
-        "variant": variant,
         "parameters": sum(parameter.numel() for parameter in trained.trained.parameters()),
         "steps": len(losses),
         "loss": sum(losses[-200:]) / len(losses[-200:]),
         "seconds_of_the_last_sitting": round(time.perf_counter() - started),
-        "config": asdict(config),
     }
 
 

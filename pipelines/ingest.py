@@ -31,6 +31,7 @@ from transformers import CLIPTokenizer
 
 from instantbooth.errors import MissingObjectError, ParameterError, StorageError
 from instantbooth.model.base import check_layout, load_tokenizer, locate
+from instantbooth.model.weights import folder_digest
 from instantbooth.presets import preset
 from instantbooth.prompts import PLACEHOLDER_TOKEN
 from instantbooth.storage import FileStore, ObjectStore, S3Store, open_store, patiently
@@ -39,7 +40,7 @@ from pipelines.curation.decisions import Decisions, Staged
 from pipelines.curation.pairs import OnPairs, Slice
 from pipelines.curation.precompute import Precomputed, Precomputer
 from pipelines.curation.report import IngestReport, report_page, summarize
-from pipelines.curation.segment import SubjectFinder, folder_digest, load_model
+from pipelines.curation.segment import SubjectFinder, load_model
 from pipelines.curation.shards import ENTRY, Draft, load_draft, stage, staged_key, unit_key, write_draft
 from pipelines.curation.sources import MAX_SLICE_BYTES, Columns, Unit, digest_of, plan, read_slices
 from pipelines.curation.steps import Rules, decode, judge_mask, name_subject

@@ -33,6 +33,7 @@ from instantbooth.errors import InstantBoothError, ParameterError, StorageError,
 from instantbooth.evaluation.miniature import judges_of
 from instantbooth.images import Augmentation
 from instantbooth.model.base import PARTS, locate
+from instantbooth.model.weights import folder_digest
 from instantbooth.presets import model_parts
 from instantbooth.storage import ObjectStore, absolute_uri, open_store, patiently
 from instantbooth.tracking import Delivery
@@ -40,7 +41,6 @@ from instantbooth.training.adapters import AdapterTrainingConfig, ExamplePrepare
 from instantbooth.training.checkpoints import Checkpoints, Saver, log_bytes
 from instantbooth.training.flops import seconds_at_peak
 from instantbooth.training.session import ComputeConfig, Outcome, TrainingSession
-from pipelines.curation.segment import folder_digest
 from pipelines.curation.shards import VALIDATION
 from pipelines.curation.sources import digest_of
 from pipelines.feed import Shards, TrainingFeed, first_examples, rows_per_task, sample_name

@@ -137,6 +137,8 @@ def test_a_rows_training_is_found_by_all_that_it_depends_on(tmp_path: Path) -> N
     ("changes", "words"),
     [
         ({"rows": ("unet",)}, "row 'unet' is unknown"),
+        ({"weights": Path("elsewhere")}, "--weights does nothing"),
+        ({"ip_adapter": Path("elsewhere")}, "--ip-adapter does nothing"),
         ({"pictures": 0}, "pictures must be at least 1"),
         ({"tuned_rate": 0.0}, "tuned_rate must be above 0"),
         ({"training": AdapterTrainingConfig(encoder_learning_rate=1e-3)}, "make them equal"),

@@ -26,7 +26,7 @@ from instantbooth.model.base import BaseModel, device_of, locate
 from instantbooth.storage import open_store
 from instantbooth.training.adapters import AdapterTrainingConfig
 from jobs import cli
-from jobs.evaluation.protocol import Protocol
+from jobs.evaluation.protocol import Protocol, refuse_unused
 from jobs.evaluation.sweep import DIGEST_LENGTH, Entrant, folder_digest, sweep
 from jobs.evaluation.table1 import Judged, console, figure, judge_made, made_by, row_of
 
@@ -67,6 +67,7 @@ class Ablations(Protocol):
             raise ParameterError("the rows are trained on the miniature's rendered pairs; leave out --data")
         if not 0 < self.tuned_rate <= 1:
             raise ParameterError(f"tuned_rate must be above 0 and at most 1, is {self.tuned_rate:g}; correct it")
+        refuse_unused(self, ("weights", "ip_adapter"), "does nothing: all rows are trained here")
         check_count("pictures", self.pictures, 1)
         loop_of(self.training)
         self.check((METHOD,))
@@ -150,7 +151,7 @@ def entrants_of(options: Ablations) -> list[Entrant]:
 def made_of(options: Ablations, entrants: Sequence[Entrant]) -> dict[str, list[Cell]]:
     """The cells of every row, each given as many references as it says."""
     made: dict[str, list[Cell]] = {}
-    counts = {each.label: ABLATIONS[each.label].references or options.references for each in entrants}
+    counts = {each.label: ABLATIONS[each.label].references or options.given for each in entrants}
     for count in dict.fromkeys(counts.values()):
         given = replace(options, references=count)
         made |= sweep(given, [each for each in entrants if counts[each.label] == count])

@@ -7,12 +7,14 @@ import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from instantbooth.evaluation.methods.personalizer import InstantBoothConfig
 from instantbooth.evaluation.methods.registry import METHODS
 from instantbooth.storage import open_store
 from jobs import cli
+from jobs.benchmarks.goals import conclude
+from jobs.evaluation.goals import PEERS, goals_at_equal_alignment
 from jobs.evaluation.protocol import Protocol
 from jobs.evaluation.sweep import Entrant
 from jobs.evaluation.table1 import made_by, rows_of
@@ -21,15 +23,15 @@ from jobs.evaluation.tune import with_settings
 FILE = "frontier.json"
 PLOT = "frontier.svg"
 X, Y = "alignment", "face_similarity"
-CURVES = ("ip-adapter", "ip-adapter-plus")
+CURVES = PEERS
 
 
 @dataclass(frozen=True, kw_only=True)
 class Frontier(Protocol):
     """Which strengths are tried."""
 
-    method: str = "instantbooth-masked"
-    """Whose α and β are varied: instantbooth, or instantbooth-masked as IP-Adapter's references are masked too."""
+    method: Literal["instantbooth", "instantbooth-masked"] = "instantbooth-masked"
+    """Whose α and β are varied; IP-Adapter's references are masked too."""
     adapter_scales: tuple[float, ...] = (0.3, 0.6, 1.0, 1.3)
     """β."""
     concept_scales: tuple[float, ...] = (0.4, 0.7, 1.0)
@@ -37,19 +39,27 @@ class Frontier(Protocol):
     ip_adapter_scales: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2)
     """Strengths of the image tokens, for both variants."""
     points: tuple[str, ...] = ("textual-inversion", "dreambooth", "dreambooth-lora", "instantbooth-masked")
-    """Methods shown as they are in table 1."""
+    """Methods shown as they are in table 1, beside `method` itself."""
 
 
 def frontier(options: cli.Flat[Frontier]) -> None:
-    """Writes frontier.json and frontier.svg; cells that table1 made are not made again."""
+    """Writes frontier.json and frontier.svg, and prints the goals; exit status 1 where one of them is missed.
+
+    Cells that table1 made are not made again.
+    """
     series = entrants_of(options)
     options.check(tuple(dict.fromkeys(each.method for entrants in series.values() for each in entrants)))
     rows = rows_of(options, list({each.label: each for entrants in series.values() for each in entrants}.values()))
-    found = {name: [rows[each.label] for each in entrants] for name, entrants in series.items()}
+    found = {
+        name: [{"method": each.method, **rows[each.label]} for each in entrants] for name, entrants in series.items()
+    }
+    own = next(row for row in found["points"] if row["method"] == options.method)
+    goals = goals_at_equal_alignment(own, {name: found[name] for name in CURVES})
     store = open_store(options.output)
-    result = {"made_by": made_by(options, "frontier"), "series": found}
+    result = {"made_by": made_by(options, "frontier"), "series": found, "goals": goals}
     store.put(FILE, (json.dumps(result, indent=2) + "\n").encode())
     store.put(PLOT, plot(found, METHODS[options.method].title))
+    conclude({"plot": store.uri(PLOT)}, goals)
 
 
 def entrants_of(options: Frontier) -> dict[str, list[Entrant]]:
@@ -66,7 +76,8 @@ def entrants_of(options: Frontier) -> dict[str, list[Entrant]]:
         ]
         for name in CURVES
     }
-    points = [Entrant(label=name, method=name, parts=parts) for name in options.points]
+    shown = dict.fromkeys((*options.points, options.method))
+    points = [Entrant(label=name, method=name, parts=parts) for name in shown]
     return {"grid": grid, "points": points, **curves}
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from instantbooth.config import GenerationDefaults, WeightsConfig
 from instantbooth.errors import ParameterError, did_you_mean
@@ -14,18 +17,35 @@ from instantbooth.evaluation.embedders import FaceEmbedder, VisionTransformer
 from instantbooth.evaluation.figures import Gallery, Judges
 from instantbooth.evaluation.judges import AttributeJudge, IdentityJudge
 from instantbooth.evaluation.methods.interface import Sampling
-from instantbooth.evaluation.methods.registry import METHODS, STABLE_DIFFUSION, Parts, Settings, check_methods
+from instantbooth.evaluation.methods.registry import (
+    METHODS,
+    STABLE_DIFFUSION,
+    Parts,
+    Settings,
+    check_methods,
+    check_references,
+    field_of,
+)
+from instantbooth.evaluation.metrics import check_wanted
 from instantbooth.evaluation.miniature_cases import draw_cases
-from instantbooth.evaluation.photographs import Dataset, read_dreambench, read_identities
+from instantbooth.evaluation.photographs import Dataset, Split, list_dreambench, list_identities
 from instantbooth.model.base import locate
 from instantbooth.model.samplers import SAMPLERS
 from instantbooth.model.weights import CONFIG_FILE
 from instantbooth.parameters import check_range
 from instantbooth.presets import ModelPreset, miniature_folder, miniature_preset, weights_folder
+from instantbooth.prompts import class_of
+from instantbooth.storage import open_store
 from jobs import cli
 
+SETTINGS = "settings.json"
+"""What `tune` leaves in its output: settings of the methods that it tuned."""
 GALLERY_REFERENCES = 5
-"""Pictures of each subject that a generated one is compared with."""
+"""Pictures of each of the miniature's subjects that a generated one is compared with."""
+REFERENCES = 5
+DREAMBENCH_REFERENCES = 4
+DROPPED_SHOWN = 20
+"""Subjects left out that are named on the terminal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +59,7 @@ class Photographs:
     clip: str = "openai/clip-vit-large-patch14"
     """Whole CLIP, folder or hub name: image encoder of the methods, and judge of alignment."""
     face: Path | None = None
-    """TorchScript file that embeds faces, or whatever else tells the subjects apart."""
+    """TorchScript or ONNX file that embeds faces, or whatever else tells the subjects apart."""
     face_size: int = 160
     """Side of the pictures that it reads, in pixels."""
     layout: Literal["identities", "dreambench"] = "identities"
@@ -55,19 +75,25 @@ class Photographs:
     pictures_per_prompt: int = 4
     """Of DreamBench's prompts."""
 
-    def read(self, references: int) -> Dataset:
-        """The data set's cases, and what of it is left out. Raises ParameterError and ImageError."""
-        check_count("references", references, 1)
+    def subjects(self, split: Split, pictures: int, *, any_class: bool) -> Dataset:
+        """The split's subjects with enough pictures, and what is left out; nothing is decoded.
+
+        `any_class` says whether those are wanted whose noun InstantBooth's weights do not know. Raises ParameterError.
+        """
         assert self.data is not None
         if self.layout == "dreambench":
-            return read_dreambench(self.data, references=references, pictures_per_prompt=self.pictures_per_prompt)
-        return read_identities(self.data, class_noun=self.class_noun, references=references, masks=self.masks)
+            return list_dreambench(
+                self.data, pictures=pictures, pictures_per_prompt=self.pictures_per_prompt, any_class=any_class
+            )
+        if not any_class:
+            class_of(self.class_noun)
+        return list_identities(self.data, split=split, class_noun=self.class_noun, pictures=pictures, masks=self.masks)
 
     def judges(self) -> Judges:
         """Who judges them. Raises ParameterError and WeightsError."""
         if self.face is None:
             raise ParameterError(
-                "photographs need somebody who tells their subjects apart; pass --face, a TorchScript file"
+                "photographs need somebody who tells their subjects apart; pass --face, a TorchScript or ONNX file"
             )
         face = FaceEmbedder(self.face, size=self.face_size)
         dino = None if self.dino is None else VisionTransformer(locate(self.dino))
@@ -87,17 +113,22 @@ class Protocol:
     weights: Path | None = None
     """Other trained weights of InstantBooth: a folder, or registered ones such as models:/instantbooth@champion."""
     ip_adapter: Path = Path("out/ip_adapter")
-    """Where `jobs.train_ip_adapter` left IP-Adapter's weights."""
+    """Where `jobs.train_ip_adapter` left IP-Adapter's weights, or its authors' are: global/ and plus/, in each of them
+    ip_adapter.safetensors."""
+    ip_adapter_image_encoder: str | None = None
+    """The CLIP that these were trained with, folder or hub name; the other methods' if none is given. The authors' own
+    for Stable Diffusion 1.x read laion/CLIP-ViT-H-14-laion2B-s32B-b79K."""
     settings: Path | None = None
-    """Hyperparameters of the methods, as `tune` writes them; else the miniature's, or those usual for photographs."""
-    split: Literal["test", "validation"] = "test"
-    """Which held-out identities; hyperparameters are chosen on validation."""
+    """Hyperparameters of the methods, as `tune` writes them; by default settings.json in `output`, if `tune` left one
+    there. Methods that it does not name have the miniature's defaults, or those usual for photographs."""
+    split: Split = "test"
+    """Which held-out identities; hyperparameters are chosen on validation. All of DreamBench's are for the test."""
     identities: int = 20
-    """Subjects, half of them persons and half cats."""
+    """Subjects; of the miniature half of them persons and half cats."""
     gallery: int = 50
-    """Identities among which a picture must be recognised: the subjects and others of their split."""
-    references: int = 5
-    """Pictures of each subject that a method is given."""
+    """Identities among which a picture must be recognised: the subjects and others of their split, if there are any."""
+    references: int | None = None
+    """Pictures of each subject that a method is given: 5, or 4 of DreamBench, as there are no more of some."""
     prompts_per_kind: int = 2
     """Prompts of each of the three kinds; two more picture the subject alone."""
     sampler: str | None = None
@@ -133,10 +164,44 @@ class Protocol:
         return Parts(
             models=self.preset,
             ip_adapter=self.ip_adapter.absolute(),
+            ip_adapter_image_encoder=self.ip_adapter_image_encoder or self.preset.image_encoder,
             sampling=self._sampling(),
-            settings=_read_settings(self.settings, STABLE_DIFFUSION if self.real else Settings()),
+            settings=self._read_settings(STABLE_DIFFUSION if self.real else Settings()),
             device="cuda" if self.gpus else "cpu",
         )
+
+    @cached_property
+    def settings_file(self) -> tuple[str, str] | None:
+        """Name and text of the file that the methods' settings are read from, if any. Raises ParameterError."""
+        store = open_store(self.output)
+        if self.settings is None:
+            return (store.uri(SETTINGS), store.get(SETTINGS).decode()) if store.exists(SETTINGS) else None
+        try:
+            return str(self.settings), self.settings.read_text()
+        except OSError as error:
+            raise ParameterError(
+                f"{self.settings} cannot be read ({error}); name a file that `jobs.evaluate tune` wrote"
+            ) from error
+
+    @property
+    def methods_set(self) -> list[str]:
+        """The methods that the file of settings names."""
+        if self.settings_file is None:
+            return []
+        named = json.loads(self.settings_file[1])
+        return [method for method in METHODS if field_of(method) in named]
+
+    def settings_from(self, method: str) -> str:
+        """Where a method's settings come from, in words. Raises ParameterError."""
+        if self.settings_file is not None and method in self.methods_set:
+            return f"{'tuned' if self.settings is None else 'given'}, {self.settings_file[0]}"
+        return "the weights' own" if method.startswith("instantbooth") else "defaults, not tuned"
+
+    def _read_settings(self, defaults: Settings) -> Settings:
+        if self.settings_file is None:
+            return defaults
+        name, text = self.settings_file
+        return Settings.from_json(text, defaults, name=name)
 
     def _sampling(self) -> Sampling:
         defaults = GenerationDefaults()
@@ -153,43 +218,138 @@ class Protocol:
             raise ParameterError(f"sampler {sampling.sampler!r} is unknown. {did_you_mean(sampling.sampler, SAMPLERS)}")
         return sampling
 
+    @property
+    def contestants(self) -> tuple[str, ...]:
+        """Whose pictures are compared: subjects are those that all of them know the class of."""
+        return tuple(METHODS)
+
+    @property
+    def given(self) -> int:
+        """Pictures of each subject that a method is given."""
+        if self.references is None:
+            return DREAMBENCH_REFERENCES if self.dreambench else REFERENCES
+        return self.references
+
+    @property
+    def needed(self) -> int:
+        """Pictures without which a photographed subject is left out."""
+        return self.given
+
     def check(self, methods: tuple[str, ...]) -> None:
-        """Everything that can be wrong, before any model runs."""
+        """Everything that can be wrong, before any cell is made; says which subjects of a data set are left out."""
         if not methods:
             raise ParameterError(f"no method is chosen; name some of {', '.join(METHODS)}")
+        self._check_options()
         check_methods(methods, self.parts)
-        self.judges()
-        self.cases()
-
-    def cases(self, count: int | None = None) -> list[Case]:
-        """The subjects, in their order; of photographs all that there are, if they are fewer than wanted."""
-        wanted = count or self.identities
         if self.real:
-            return self.photographs.read(self.references).cases[:wanted]
-        return draw_cases(self.split, wanted, references=self.references, prompts_per_kind=self.prompts_per_kind)
+            _say_dropped(self.dataset().dropped)
+        judges, cases = self.judges(), self.cases()
+        check_references(methods, self.parts, cases)
+        if judges.attributes is not None:
+            check_wanted(judges.attributes, [prompt.wanted for case in cases for prompt in case.prompts])
+
+    def _check_options(self) -> None:
+        for name in ("identities", "gallery", "prompts_per_kind"):
+            check_count(name, getattr(self, name), 1)
+        check_count("references", self.given, 1)
+        if not self.cpus > 0:
+            raise ParameterError(f"cpus must be above 0, is {self.cpus:g}; 1 lets a subject run on each CPU")
+        if not self.gpus >= 0 or (self.gpus > 1 and self.gpus % 1):
+            raise ParameterError(f"gpus must be whole or a part of one, is {self.gpus:g}; 0.5 shares one between two")
+        if not self.real:
+            named = [each.name for each in fields(Photographs)]
+            refuse_unused(self.photographs, named, "is for photographs, and there are none without --data")
+            return
+        refuse_unused(self, ("models", "prompts_per_kind"), "is for the miniature, not for --data")
+        if self.dreambench:
+            refuse_unused(
+                self.photographs, ("masks", "class_noun"), "is for identities: DreamBench has its own classes"
+            )
+            if self.split != "test":
+                raise ParameterError(
+                    f"split is {self.split}, and all of DreamBench's subjects are for the test; choose hyperparameters "
+                    "on photographs of --layout identities"
+                )
+            check_count("pictures_per_prompt", self.photographs.pictures_per_prompt, 1)
+        else:
+            refuse_unused(self.photographs, ("pictures_per_prompt",), "is for --layout dreambench")
+
+    @property
+    def dreambench(self) -> bool:
+        """Whether photographs are DreamBench's."""
+        return self.real and self.photographs.layout == "dreambench"
+
+    def dataset(self) -> Dataset:
+        """The photographed subjects, and who is left out. Raises ParameterError."""
+        any_class = all(METHODS[name].any_class for name in self.contestants)
+        return self.photographs.subjects(self.split, self.needed, any_class=any_class)
+
+    def cases(self) -> list[Case]:
+        """The subjects, in their order. ParameterError where a data set has fewer than are wanted."""
+        if not self.real:
+            return self._drawn(self.identities, self.given)
+        subjects = self.dataset().subjects
+        if len(subjects) < self.identities:
+            raise ParameterError(
+                f"{self.photographs.data} has {len(subjects)} usable subjects of its {self.split} split, identities is "
+                f"{self.identities}; pass --identities {len(subjects)}"
+            )
+        return [subject.case(self.given) for subject in subjects[: self.identities]]
+
+    def _drawn(self, count: int, references: int) -> list[Case]:
+        return draw_cases(self.split, count, references=references, prompts_per_kind=self.prompts_per_kind)
 
     def judges(self) -> Judges:
         """The miniature's own, or those named for photographs. Raises WeightsError."""
         if self.real:
             return self.photographs.judges()
-        folder = self.models or miniature_folder()
+        places = self.judging
         return Judges.load(
-            folder / "clip",
-            IdentityJudge.load(folder / "judges" / "identity"),
-            attributes=AttributeJudge.load(folder / "judges" / "attributes"),
+            places["clip"],
+            IdentityJudge.load(places["identity"]),
+            attributes=AttributeJudge.load(places["attributes"]),
         )
+
+    @property
+    def judging(self) -> dict[str, Path]:
+        """Where those lie who judge: folders, or a face embedder's file."""
+        if not self.real:
+            folder = self.models or miniature_folder()
+            judges = folder / "judges"
+            return {"clip": folder / "clip", "identity": judges / "identity", "attributes": judges / "attributes"}
+        photographs = self.photographs
+        found = {"clip": locate(photographs.clip)}
+        if photographs.face is not None:
+            found["face"] = photographs.face
+        return found if photographs.dino is None else found | {"dino": locate(photographs.dino)}
 
     def judged_against(self, judges: Judges) -> Gallery:
         """The subjects and as many others as `gallery` says, whatever the methods are given of them."""
-        references = self.references if self.real else GALLERY_REFERENCES
-        known = replace(self, references=references)
-        return Gallery(judges.identity, known.cases(max(self.gallery, self.identities)))
+        count = max(self.gallery, self.identities)
+        if not self.real:
+            return Gallery(judges.identity, self._drawn(count, GALLERY_REFERENCES))
+        return Gallery(judges.identity, [subject.case(self.given) for subject in self.dataset().subjects[:count]])
+
+    def record(self) -> dict[str, Any]:
+        """What was evaluated, for tables to keep: the numbers that were used, and who was left out."""
+        used: dict[str, Any] = {"split": self.split, "identities": self.identities, "references": self.given}
+        wanted = max(self.gallery, self.identities)
+        if not self.real:
+            return used | {"gallery": wanted, "prompts_per_kind": self.prompts_per_kind}
+        found = self.dataset()
+        return used | {"gallery": min(wanted, len(found.subjects)), "dropped": found.dropped}
 
 
-def _read_settings(path: Path | None, defaults: Settings) -> Settings:
-    if path is None:
-        return defaults
-    try:
-        return Settings.from_json(path.read_text(), defaults, name=str(path))
-    except OSError as error:
-        raise ParameterError(f"{path} cannot be read ({error}); name a file that `jobs.evaluate tune` wrote") from error
+def refuse_unused(options: Any, names: Iterable[str], rule: str) -> None:
+    """ParameterError for an option of these that is set, where it would do nothing."""
+    defaults = {each.name: each.default for each in fields(options)}
+    for name in names:
+        if getattr(options, name) != defaults[name]:
+            raise ParameterError(f"--{name.replace('_', '-')} {rule}; leave it out")
+
+
+def _say_dropped(dropped: Mapping[str, str]) -> None:
+    for name, reason in list(dropped.items())[:DROPPED_SHOWN]:
+        print(f"left out: {name}, {reason}", file=sys.stderr)
+    if len(dropped) > DROPPED_SHOWN:
+        print(f"left out: {len(dropped) - DROPPED_SHOWN} more, which the table's file names", file=sys.stderr)

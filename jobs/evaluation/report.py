@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from instantbooth.evaluation.cases import Case
 from instantbooth.evaluation.figures import COLUMNS, TIMES, ranked
+from instantbooth.presets import tracking_uri
 from instantbooth.prompts import SUBJECT_FIELD
-from instantbooth.storage import ObjectStore, open_store
-from instantbooth.tracking import open_run
+from instantbooth.storage import open_store
+from instantbooth.tracking import absolute_tracking_uri, open_run, reporting
 from jobs import cli
-from jobs.evaluation import ablations
-from jobs.evaluation.frontier import PLOT
-from jobs.evaluation.table1 import FILE as TABLE
-from jobs.evaluation.table1 import REFERENCE, REPORTED, Judged, Table1, judge_all, made_by, table_rows
+from jobs.evaluation import ablations, frontier, references
+from jobs.evaluation.found import Found, look, named_rows
+from jobs.evaluation.goals import REFERENCE, goals_of
+from jobs.evaluation.table1 import REPORTED, Judged, Table1, judge_all, machines_in_words, made_by, table_rows
+from jobs.tracked import flat
 from pipelines.page import render, thumbnail_uri
 
 PAGE = "report.html"
@@ -31,43 +33,105 @@ class Report(Table1):
 
     shown: int = 2
     """Best, and as many worst, subjects whose pictures are shown, beside the middle one."""
-    tracking_uri: str | None = None
-    """MLflow, such as sqlite:///mlflow.db: figures and page go to a run; nowhere if not given."""
+    tracking_uri: str = field(default_factory=tracking_uri)
+    """MLflow: figures, record and page go to a run there. By default MLFLOW_TRACKING_URI."""
 
 
 def report(options: cli.Flat[Report]) -> None:
-    """Writes report.html, from the cells of table1 and what frontier and ablations made, where they have been run."""
+    """Writes report.html from the cells of table1, and what frontier, references and ablations left beside them.
+
+    What those made with other subjects, models or sampling is left out, and the page says so.
+    """
     options.check(options.methods)
     judged = judge_all(options, options.entrants)
-    rows = table_rows(judged)
+    rows = table_rows(options, judged)
     store = open_store(options.output)
-    made, best = made_by(options, "report"), best_of(rows)
-    page = render(
+    made = made_by(options, "report") | {"methods": {name: row["digest"] for name, row in rows.items()}}
+    found = look(store, made)
+    plot = drawing(store.get(frontier.PLOT).decode()) if frontier.FILE in found.files else None
+    page = page_of(options, judged, rows, made, found, plot)
+    store.put(PAGE, page.encode())
+    print(store.uri(PAGE), *found.left_out, sep="\n")
+    _track(
+        options,
+        made,
+        {"table1": rows} | {file: dict(named_rows(file, each)) for file, each in found.files.items()},
+        page,
+    )
+
+
+def page_of(
+    options: Report,
+    judged: Sequence[Judged],
+    rows: Mapping[str, Mapping[str, Any]],
+    made: Mapping[str, Any],
+    found: Found,
+    plot: str | None,
+) -> str:
+    """The page; `plot` is an SVG element."""
+    best = best_of(rows)
+    return render(
         "evaluation.html.j2",
         rows=rows,
         columns={column: title for column, title in COLUMNS.items() if column in best},
-        reported=REPORTED,
+        reported={name: row for name, row in REPORTED.items() if name in rows},
+        reported_columns={column: COLUMNS[column] for column in _reported() if column in best},
         times=TIMES,
+        machines=machines_in_words(rows),
+        goals={**goals_of(rows), **found.files.get(frontier.FILE, {}).get("goals", {})},
         best=best,
         made_by=made,
-        plot=store.get(PLOT).decode() if store.exists(PLOT) else None,
-        ablations=_ablations(store),
+        left_out=found.left_out,
+        plot=plot,
+        grid=_grid(found),
+        references=_references(found),
+        ablations=_ablations(found),
         ranked_by=rows[ranking_method(options.methods)]["title"],
         cases=_shown(options, judged),
-        settings=json.dumps({name: [row["settings"], row["digest"]] for name, row in rows.items()}, indent=2),
+        record=json.dumps(made, indent=2),
     )
-    store.put(PAGE, page.encode())
-    store.put(TABLE, (json.dumps({"made_by": made, "rows": rows}, indent=2) + "\n").encode())
-    if options.tracking_uri is not None:
-        _track(options, rows, page)
-    print(store.uri(PAGE))
 
 
-def _ablations(store: ObjectStore) -> dict[str, Any] | None:
-    """Headings and rows of the ablations' table."""
-    if not store.exists(ablations.FILE):
+def drawing(svg: str) -> str:
+    """An SVG file as an element of a page: without what stands before it, which names places elsewhere."""
+    return svg[svg.index("<svg") :]
+
+
+def _reported() -> Iterable[str]:
+    return dict.fromkeys(column for row in REPORTED.values() for column in row)
+
+
+def _shown_columns(rows: Sequence[Mapping[str, Any]], headings: Mapping[str, str]) -> dict[str, str]:
+    return {column: title for column, title in headings.items() if any(column in row for row in rows)}
+
+
+def _grid(found: Found) -> dict[str, Any] | None:
+    """Headings and rows of the strengths' table."""
+    if frontier.FILE not in found.files:
         return None
-    found = json.loads(store.get(ablations.FILE))
+    rows = found.files[frontier.FILE]["series"]["grid"]
+    return {"columns": _shown_columns(rows, COLUMNS), "rows": rows}
+
+
+def _references(found: Found) -> dict[str, Any] | None:
+    """Headings and rows of the references' table."""
+    if references.FILE not in found.files:
+        return None
+    made, counts = (found.files[references.FILE][part] for part in ("made_by", "rows"))
+    rows = [row | {"count": count} for count, methods in counts.items() for row in methods.values()]
+    rows.sort(key=lambda row: str(row["title"]))
+    return {
+        "columns": _shown_columns(rows, {**COLUMNS, "seconds_picture": "Seconds a picture ↓"}),
+        "rows": rows,
+        "made_by": made,
+    }
+
+
+def _ablations(files: Found) -> dict[str, Any] | None:
+    """Headings and rows of the ablations' table."""
+    if ablations.FILE not in files.files:
+        return None
+    found = files.files[ablations.FILE]
     return {
         "made_by": found["made_by"],
         "columns": {column: COLUMNS[column] for column in ablations.SHOWN},
@@ -124,15 +188,22 @@ def _case(word: str, case: Case, score: float, pictures: Sequence[Sequence[Any]]
     return {"rank": word, "name": case.name, "score": score, "references": references, "lines": lines}
 
 
-def _track(options: Report, rows: Mapping[str, Mapping[str, Any]], page: str) -> None:
-    """One run for the output: every mean and bound as a metric, the page as an artifact."""
-    run = open_run(str(options.tracking_uri), options.output)
+def _track(
+    options: Report, made: Mapping[str, Any], tables: Mapping[str, Mapping[str, Mapping[str, Any]]], page: str
+) -> None:
+    """One run for the output: its record as parameters, every mean and bound as a metric, the page as an artifact."""
     figures = {
-        f"{label}.{column}.{bound}": value
-        for label, row in rows.items()
+        f"{table.removesuffix('.json')}.{name}.{column}.{bound}": value
+        for table, rows in tables.items()
+        for name, row in rows.items()
         for column in (*COLUMNS, *TIMES)
         for bound, value in row.get(column, {}).items()
     }
-    run.log_steps({0: figures})
-    run.keep({PAGE: page.encode()})
-    run.end("FINISHED")
+    dropped = len(made["protocol"].get("dropped", ()))
+    uri = absolute_tracking_uri(options.tracking_uri)
+    with reporting(uri):
+        run = open_run(uri, open_store(options.output).uri(PAGE).rpartition("/")[0])
+        run.log_parameters(flat({**made, "protocol": made["protocol"] | {"dropped": dropped}}))
+        run.log_steps({0: figures})
+        run.keep({PAGE: page.encode()})
+        run.end("FINISHED")

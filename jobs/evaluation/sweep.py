@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from hashlib import file_digest, sha256
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from instantbooth import Personalizer
 from instantbooth.errors import ParameterError
@@ -22,12 +20,17 @@ from instantbooth.evaluation.cells import Cell, Cells, evaluate
 from instantbooth.evaluation.methods.interface import Method
 from instantbooth.evaluation.methods.ip_adapter import IPAdapterConfig
 from instantbooth.evaluation.methods.registry import METHODS, Parts
+from instantbooth.model import weights
 from instantbooth.model.base import locate
-from instantbooth.storage import open_store
+from instantbooth.storage import absolute_uri, open_store
+from jobs import cli
+from jobs.benchmarks.timing import machine
 from jobs.cluster import ray_cluster
 from jobs.evaluation.protocol import Protocol
 
 DIGEST_LENGTH = 12
+folder_digest = lru_cache(weights.folder_digest)
+"""Entrants share their models."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +51,7 @@ class Entrant:
         if self.method.startswith("instantbooth"):
             folders += [locate(each) for each in (models.weights, models.image_encoder, models.segmenter) if each]
         if isinstance(own, IPAdapterConfig):
-            folders += [self.parts.ip_adapter / own.variant, locate(models.image_encoder)]
+            folders += [self.parts.ip_adapter / own.variant, locate(self.parts.ip_adapter_image_encoder)]
         named = [asdict(own), asdict(self.parts.sampling), [folder_digest(folder) for folder in folders]]
         if self.parts.personalizer is not Personalizer:
             named.append(self.parts.personalizer.__name__)
@@ -72,15 +75,15 @@ def sweep(protocol: Protocol, entrants: Sequence[Entrant]) -> dict[str, list[Cel
 def _run(protocol: Protocol, tasks: Sequence[tuple[Entrant, int]]) -> None:
     _check_resources(protocol)
     task = _evaluate.options(num_cpus=protocol.cpus, num_gpus=protocol.gpus)
-    running = [task.remote(protocol, each.method, each.parts, each.digest, number) for each, number in tasks]
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
-        bar = progress.add_task("evaluating", total=len(running))
+    there = _absolute(protocol)
+    running = [
+        task.remote(there, each.method, _absolute_parts(each.parts), each.digest, number) for each, number in tasks
+    ]
+    done: list[str] = []
+    with cli.following("evaluating", len(tasks), lambda: (len(done), done[-1] if done else "")):
         while running:
             finished, running = ray.wait(running)
-            for each in finished:
-                label = ray.get(each)
-                progress.update(bar, advance=1, description=label)
+            done += ray.get(finished)
 
 
 @ray.remote
@@ -90,7 +93,8 @@ def _evaluate(protocol: Protocol, name: str, parts: Parts, digest: str, number: 
         # Tasks run side by side: more threads than cores starve each other.
         torch.set_num_threads(1)
     case = _cases(protocol)[number]
-    _cells(protocol, name, digest).write(case, evaluate(_method(name, parts), case))
+    cell = evaluate(_method(name, parts), case, machine=machine(parts.device))
+    _cells(protocol, name, digest).write(case, cell)
     return f"{METHODS[name].title}, {case.name}"
 
 
@@ -109,23 +113,38 @@ def _cells(protocol: Protocol, name: str, digest: str) -> Cells:
     return Cells(store=open_store(protocol.output), method=name, digest=digest)
 
 
+def _absolute(protocol: Protocol) -> Protocol:
+    """The same from any working directory: workers of a submitted job start in folders of their own."""
+    photographs = replace(protocol.photographs, **_places(protocol.photographs, Path))
+    return replace(protocol, output=absolute_uri(protocol.output), photographs=photographs, **_places(protocol, Path))
+
+
+def _absolute_parts(parts: Parts) -> Parts:
+    """As `_absolute`."""
+    return replace(
+        parts,
+        models=replace(parts.models, **_places(parts.models, str)),
+        ip_adapter_image_encoder=_place(parts.ip_adapter_image_encoder),
+    )
+
+
+def _places(options: Any, kind: type[str | Path]) -> dict[str, Any]:
+    named = {name: value for name, value in vars(options).items() if isinstance(value, kind)}
+    return {name: kind(_place(str(value))) for name, value in named.items()}
+
+
+def _place(name: str) -> str:
+    """What is there as an absolute path; anything else is a name on the hub or in the registry."""
+    return str(Path(name).absolute()) if Path(name).exists() else name
+
+
 def _check_resources(protocol: Protocol) -> None:
     """A task that no machine can hold would wait for ever."""
-    there = ray.cluster_resources()
-    for name, wanted in (("CPU", protocol.cpus), ("GPU", protocol.gpus)):
-        if wanted > there.get(name, 0):
-            raise ParameterError(
-                f"a subject is to take {wanted:g} {name}s, the cluster has {there.get(name, 0):g}; "
-                f"pass --{name.lower()}s with less"
-            )
-
-
-@lru_cache
-def folder_digest(folder: Path) -> str:
-    """SHA-256 of a model folder's files: configurations, vocabularies and tensors."""
-    content = sha256()
-    for path in sorted(file for file in folder.rglob("*") if file.suffix in (".json", ".safetensors", ".txt")):
-        content.update(path.relative_to(folder).as_posix().encode())
-        with path.open("rb") as stream:
-            content.update(file_digest(stream, "sha256").digest())
-    return content.hexdigest()
+    wanted = {"CPU": protocol.cpus, "GPU": protocol.gpus}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not any(all(node.get(name, 0) >= count for name, count in wanted.items()) for node in nodes):
+        there = "; ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
+        raise ParameterError(
+            f"a subject is to take {wanted['CPU']:g} CPUs and {wanted['GPU']:g} GPUs, the cluster's machines have "
+            f"{there}; pass --cpus or --gpus with less"
+        )

@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from instantbooth.evaluation.cells import Cell
 from instantbooth.evaluation.figures import COLUMNS, TIMES, Value, difference, judge, table_row
 from instantbooth.evaluation.methods.registry import METHODS
+from instantbooth.model.base import locate
 from instantbooth.storage import open_store
 from jobs import cli
+from jobs.benchmarks.goals import conclude
+from jobs.evaluation.goals import REFERENCE, goals_of
 from jobs.evaluation.protocol import Protocol
-from jobs.evaluation.sweep import Entrant, sweep
+from jobs.evaluation.sweep import DIGEST_LENGTH, Entrant, folder_digest, sweep
 
 FILE = "table1.json"
 WIDTH = 200
-REFERENCE = "instantbooth"
-"""Every row is also compared with this method's: times as multiples, figures subject by subject."""
 REPORTED: Mapping[str, Mapping[str, float]] = {
     "textual-inversion": {
         "alignment": 0.2556,
@@ -66,6 +65,11 @@ class Table1(Protocol):
     """Rows of the table."""
 
     @property
+    def contestants(self) -> tuple[str, ...]:
+        """The methods."""
+        return self.methods
+
+    @property
     def entrants(self) -> list[Entrant]:
         """The methods with the settings of all."""
         return [Entrant(label=name, method=name, parts=self.parts) for name in self.methods]
@@ -81,12 +85,18 @@ class Judged:
 
 
 def table1(options: cli.Flat[Table1]) -> None:
-    """Writes table1.json and prints the table; what an earlier run finished is not done again."""
+    """Writes table1.json and prints the table and its goals; exit status 1 where one of them is missed.
+
+    What an earlier run finished is not done again.
+    """
     options.check(options.methods)
-    rows = table_rows(judge_all(options, options.entrants))
-    result = {"made_by": made_by(options, "table1"), "rows": rows, "reported": REPORTED}
-    open_store(options.output).put(FILE, (json.dumps(result, indent=2) + "\n").encode())
+    rows = table_rows(options, judge_all(options, options.entrants))
+    goals = goals_of(rows)
+    result = {"made_by": made_by(options, "table1"), "rows": rows, "goals": goals, "reported": REPORTED}
+    store = open_store(options.output)
+    store.put(FILE, (json.dumps(result, indent=2) + "\n").encode())
     show(rows)
+    conclude({"table": store.uri(FILE)}, goals)
 
 
 def rows_of(protocol: Protocol, entrants: Sequence[Entrant]) -> dict[str, dict[str, Any]]:
@@ -110,56 +120,75 @@ def judge_made(protocol: Protocol, entrants: Sequence[Entrant], made: Mapping[st
 
 
 def row_of(judged: Judged) -> dict[str, Any]:
-    """The entrant's title, settings and digest, and its figures with their intervals."""
+    """The entrant's title, settings and digest, its figures with their intervals, and where its times were taken."""
     entrant = judged.entrant
     return {
         "title": METHODS[entrant.method].title,
         "settings": asdict(entrant.parts.settings.of(entrant.method)),
         "digest": entrant.digest,
+        "machines": sorted({cell.machine for cell in judged.cells}),
         **table_row(judged.values),
     }
 
 
-def table_rows(judged: Sequence[Judged]) -> dict[str, dict[str, Any]]:
+def table_rows(options: Table1, judged: Sequence[Judged]) -> dict[str, dict[str, Any]]:
     """The rows of all, compared with InstantBooth where it is among them.
 
-    `seconds_ratio` is a multiple of its time, `instantbooth_more` what its figures have more than the row's.
+    `settings_from` says whether the settings were tuned, `instantbooth_more` what its figures have more than the row's.
+    `seconds_ratio` is a multiple of its time, where both were taken on one and the same machine.
     """
-    rows = {each.entrant.label: row_of(each) for each in judged}
+    rows = {
+        each.entrant.label: row_of(each) | {"settings_from": options.settings_from(each.entrant.method)}
+        for each in judged
+    }
     reference = next((each for each in judged if each.entrant.label == REFERENCE), None)
     if reference is not None:
         for each in judged:
             row = rows[each.entrant.label]
-            for column in TIMES:
-                row[f"{column}_ratio"] = row[column]["mean"] / rows[REFERENCE][column]["mean"]
+            if len({*row["machines"], *rows[REFERENCE]["machines"]}) == 1:
+                for column in TIMES:
+                    row[f"{column}_ratio"] = row[column]["mean"] / rows[REFERENCE][column]["mean"]
             row["instantbooth_more"] = difference(reference.values, each.values)
     return rows
 
 
 def made_by(protocol: Protocol, command: str) -> dict[str, Any]:
-    """A table's record: command, machine, what was evaluated, and how it was sampled."""
-    names = ("split", "identities", "gallery", "references", "prompts_per_kind")
+    """A table's record: its command, what was evaluated with which models, who judged, and how it was sampled."""
+    cases, parts, data = protocol.cases(), protocol.parts, protocol.photographs.data
+    named = {each: getattr(parts.models, each) for each in ("base", "image_encoder", "weights", "segmenter")}
+    places = {name: locate(place) for name, place in named.items() if place is not None}
+    places |= {"ip_adapter": parts.ip_adapter, "ip_adapter_image_encoder": locate(parts.ip_adapter_image_encoder)}
+    places |= {f"judge_{name}": place for name, place in protocol.judging.items()}
+    subjects = sha256("".join(case.digest for case in cases).encode()).hexdigest()
     return {
-        "command": f"python -m jobs.evaluate {command}",
-        "machine": {
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
-            "cpus": os.cpu_count(),
-            "torch": torch.__version__,
-        },
-        "protocol": {name: getattr(protocol, name) for name in names},
-        "sampling": asdict(protocol.parts.sampling),
+        "command": cli.command_line(f"jobs.evaluate {command}", protocol),
+        "protocol": protocol.record() | {"data": data and str(data.absolute()), "subjects": subjects[:DIGEST_LENGTH]},
+        "sampling": asdict(parts.sampling),
+        "settings": asdict(parts.settings),
+        "places": {name: str(place) for name, place in places.items()},
+        "digests": {name: folder_digest(place)[:DIGEST_LENGTH] for name, place in places.items()},
     }
 
 
 def show(rows: dict[str, dict[str, Any]]) -> None:
-    """Prints the table: means, with half the width of their intervals."""
+    """Prints the table: means, with half the width of their intervals; where times and settings come from."""
     columns = [column for column in COLUMNS if any(column in row for row in rows.values())]
-    table = Table("method", *(COLUMNS[column] for column in columns), *TIMES.values())
+    table = Table("method", *(COLUMNS[column] for column in columns), *TIMES.values(), "settings")
     for row in rows.values():
         figures = [figure(row[column]) for column in columns]
         times = [_time(row, column) for column in TIMES]
-        table.add_row(row["title"], *figures, *times)
+        table.add_row(row["title"], *figures, *times, row["settings_from"])
     console().print(table)
+    console().print(machines_in_words(rows), highlight=False, markup=False)
+
+
+def machines_in_words(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """Where the times were taken: one machine, or which row's on which."""
+    every = {machine for row in rows.values() for machine in row["machines"]}
+    if len(every) == 1:
+        return f"Times: {every.pop()}."
+    found = "; ".join(f"{row['title']} on {' and '.join(row['machines'])}" for row in rows.values())
+    return f"Times of different machines do not compare: {found}."
 
 
 def console() -> Console:

@@ -6,21 +6,22 @@ import itertools
 import json
 import math
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from instantbooth.errors import ParameterError
-from instantbooth.evaluation.methods.registry import Parts, Settings
+from instantbooth.evaluation.methods.registry import Parts, Settings, field_of
+from instantbooth.evaluation.photographs import Split
 from instantbooth.storage import open_store
 from jobs import cli
-from jobs.evaluation.protocol import Protocol
+from jobs.evaluation.protocol import SETTINGS, Protocol
 from jobs.evaluation.sweep import Entrant
 from jobs.evaluation.table1 import rows_of
 
-FILE = "settings.json"
 TRIALS = "tuning.json"
+SHOWN = ("prompt_accuracy", "alignment", "face_similarity", "identification", "seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,23 +51,28 @@ class Grid:
 class Tune(Protocol):
     """What is tried, and on whom."""
 
-    split: Literal["test", "validation"] = "validation"
+    split: Split = "validation"
     identities: int = 4
     methods: tuple[str, ...] = ("textual-inversion", "dreambooth", "dreambooth-lora", "ip-adapter", "ip-adapter-plus")
     """Which are tuned; the others keep their settings."""
     grid: Grid = Grid()
 
+    @property
+    def contestants(self) -> tuple[str, ...]:
+        """The methods."""
+        return self.methods
+
 
 def tune(options: cli.Flat[Tune]) -> None:
-    """Writes settings.json, which table1 takes as --settings, and tuning.json, which holds every trial's figures.
+    """Writes settings.json, which the other commands read there, and tuning.json, which holds every trial's figures.
 
-    The best trial has the highest geometric mean of prompt accuracy and face similarity: one that buys either of them
-    with the other does not win.
+    The best trial has the highest geometric mean of prompt accuracy (alignment, of photographs) and face similarity:
+    one that buys either of them with the other does not win.
     """
     if options.split == "test":
         raise ParameterError("hyperparameters are not chosen on the split they are judged on; leave --split out")
-    trials = {name: candidates(name, options.parts, options.grid) for name in options.methods}
     options.check(options.methods)
+    trials = {name: candidates(name, options.parts, options.grid) for name in options.methods}
     rows = rows_of(options, [each for entrants in trials.values() for each in entrants])
     chosen = options.parts.settings
     for name, entrants in trials.items():
@@ -76,9 +82,10 @@ def tune(options: cli.Flat[Tune]) -> None:
     for row in rows.values():
         row["score"] = score(row)
     store.put(TRIALS, (json.dumps(rows, indent=2) + "\n").encode())
-    store.put(FILE, chosen.to_json().encode())
+    tuned = chosen.to_json({*options.methods_set, *trials})
+    store.put(SETTINGS, tuned.encode())
     _show(rows)
-    print(chosen.to_json())
+    print(tuned)
 
 
 def candidates(method: str, parts: Parts, grid: Grid) -> list[Entrant]:
@@ -95,17 +102,18 @@ def candidates(method: str, parts: Parts, grid: Grid) -> list[Entrant]:
 
 def with_settings(settings: Settings, method: str, own: Any) -> Settings:
     """The settings with one method's replaced."""
-    return replace(settings, **{method.replace("-", "_"): own})
+    return replace(settings, **{field_of(method): own})
 
 
 def score(row: dict[str, Any]) -> float:
-    """What is maximised."""
-    return math.sqrt(row["prompt_accuracy"]["mean"] * max(row["face_similarity"]["mean"], 0.0))
+    """What is maximised; alignment stands for prompt accuracy where no judge knows attributes."""
+    obedience = row["prompt_accuracy" if "prompt_accuracy" in row else "alignment"]["mean"]
+    return math.sqrt(max(obedience, 0.0) * max(row["face_similarity"]["mean"], 0.0))
 
 
 def _show(rows: dict[str, dict[str, Any]]) -> None:
-    table = Table("trial", "score", "prompt accuracy", "face similarity", "identification", "seconds")
+    names = [name for name in SHOWN if all(name in row for row in rows.values())]
+    table = Table("trial", "score", *names)
     for label, row in sorted(rows.items(), key=lambda item: -item[1]["score"]):
-        names = ("prompt_accuracy", "face_similarity", "identification", "seconds")
         table.add_row(label, f"{row['score']:.3f}", *(f"{row[name]['mean']:.3f}" for name in names))
     Console().print(table)

@@ -14,8 +14,8 @@ from torch import Tensor
 from instantbooth.images import decode_image
 from instantbooth.model.base import BaseModel
 from instantbooth.model.encoders import resize_to_tensor
+from instantbooth.model.weights import folder_digest
 from instantbooth.prompts import expand, tokenize_subject
-from pipelines.curation.segment import folder_digest
 from pipelines.curation.shards import Draft
 from pipelines.curation.sources import digest_of
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 from collections.abc import Sequence
 from dataclasses import replace
@@ -136,14 +135,3 @@ def load_model(folder: Path, device: torch.device) -> SemanticModel | InstanceMo
             f"{', '.join(INSTANCE_MODELS)}, or a semantic segmentation model"
         )
     return InstanceModel(folder, device)
-
-
-def folder_digest(folder: Path) -> str:
-    """SHA-256 over the names and the content of a model folder's files."""
-    files = sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors", ".bin", ".txt"))
-    content = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as stream:
-            content.update(path.relative_to(folder).as_posix().encode())
-            content.update(hashlib.file_digest(stream, "sha256").digest())
-    return content.hexdigest()

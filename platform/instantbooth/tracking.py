@@ -41,7 +41,7 @@ OUTPUT = "instantbooth.output"
 STEP = "instantbooth.step"
 ABSENT = {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}
 """MLflow's codes for a version or an alias that it does not have."""
-MAX_METRICS = 1000
+MAX_METRICS, MAX_PARAMETERS = 1000, 100
 """MLflow takes so many in one request."""
 MAX_PAUSE_S = 30.0
 PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
@@ -68,7 +68,8 @@ class TrackedRun:
         client = _client(self.tracking_uri)
         known = client.get_run(self.run_id).data.params
         new = [Param(name, str(value)) for name, value in values.items() if name not in known]
-        client.log_batch(self.run_id, params=new)
+        for start in range(0, len(new), MAX_PARAMETERS):
+            client.log_batch(self.run_id, params=new[start : start + MAX_PARAMETERS])
         changed = {name: value for name, value in values.items() if known.get(name, str(value)) != str(value)}
         self.tag({f"restarted_with.{name}": value for name, value in changed.items()})
 

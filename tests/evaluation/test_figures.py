@@ -44,7 +44,7 @@ def drawn(case: Case, *, identity: int, obedient: bool = True) -> Cell:
         wanted = {name: value for name, value in prompt.wanted.items() if name != "subject"}
         scene = replace(Scene(clothing="red"), **wanted) if obedient else Scene(clothing="white", background="moon")
         pictures.append(render(who, scene).image)
-    return Cell(seconds=Seconds(fit=1.0, first=2.0, rest=4.0), pictures=tuple(pictures))
+    return Cell(seconds=Seconds(fit=1.0, first=2.0, rest=4.0), pictures=tuple(pictures), machine="an abacus")
 
 
 def test_perfect_pictures_have_perfect_figures_and_strangers_are_told_apart(judges: Judges, cases: list[Case]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -14,14 +16,16 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
-from instantbooth.errors import WeightsError
+from instantbooth.errors import ParameterError, WeightsError
 from instantbooth.evaluation.ip_adapter import weights
+from instantbooth.evaluation.ip_adapter.origin import MODELS, RECORD, check_origin, trained_for
 from instantbooth.evaluation.ip_adapter.training import IPAdapterObjective
 from instantbooth.evaluation.methods.interface import Reference, Sampling
 from instantbooth.evaluation.methods.ip_adapter import IPAdapter, IPAdapterConfig
 from instantbooth.images import subject_square
 from instantbooth.miniature.ip_adapter import train_ip_adapter
 from instantbooth.miniature.pairs import Pairs
+from instantbooth.miniature.recipe import RECIPES
 from instantbooth.miniature.world import Scene
 from instantbooth.model.base import BaseModel
 from instantbooth.model.denoise import unit_noise
@@ -30,6 +34,7 @@ from instantbooth.model.weights import tensors_digest
 from instantbooth.presets import miniature_folder
 from instantbooth.prompts import tokenize
 from instantbooth.training.adapters import AdapterTrainingConfig, Draws, draw
+from jobs.train_ip_adapter import IPAdapterJob, check_record, plan, run
 from tests.tiny import four_pictures, portrait
 
 CPU = torch.device("cpu")
@@ -136,9 +141,45 @@ def test_wrong_files_are_refused(tiny: Path, tmp_path: Path) -> None:
     base = BaseModel.load(str(tiny / "base"), device=CPU, dtype=torch.float32)
     with pytest.raises(WeightsError, match="does not fit the base"):
         weights.check_fits(base.unet, state | {"ip_adapter": narrow}, tmp_path)
+    weights.check_reads(tiny / "clip", state, tmp_path)
+    with pytest.raises(WeightsError, match=r"proj_in\.weight is \(32, 24\), .* width \d+; name the CLIP"):
+        weights.check_reads(miniature_folder() / "clip", state, tmp_path)
+    with pytest.raises(WeightsError, match="no CLIP image encoder"):
+        weights.check_reads(tmp_path, state, tmp_path)
     encoder = ImageEncoder(tiny / "clip", patch_layer=weights.PLUS_LAYER, device=CPU, dtype=torch.float32)
     with pytest.raises(WeightsError, match=r"Did you mean 'plus'"):
         weights.new_state(base.unet, encoder, "pluss")
+
+
+def test_an_adapter_of_another_base_is_refused_and_one_without_a_record_is_not(tiny: Path, tmp_path: Path) -> None:
+    file, record = tmp_path / weights.FILE, tmp_path / RECORD
+    check_origin(file, tiny / "base", tiny / "clip")
+    record.write_text(json.dumps({MODELS: trained_for(tiny / "base", tiny / "clip")}))
+    check_origin(file, tiny / "base", tiny / "clip")
+    other = miniature_folder()
+    with pytest.raises(WeightsError, match=r"trained for another tokenizer .* jobs\.train_ip_adapter"):
+        check_origin(file, other / "base", tiny / "clip")
+    with pytest.raises(WeightsError, match="trained for another image_encoder"):
+        check_origin(file, tiny / "base", other / "clip")
+    record.write_text("{}")
+    with pytest.raises(WeightsError, match="does not say which models"):
+        check_origin(file, tiny / "base", tiny / "clip")
+
+
+def test_it_is_trained_for_all_of_instantbooths_rounds_and_what_is_there_is_of_the_same(tmp_path: Path) -> None:
+    job = IPAdapterJob(output=tmp_path, recipe=RECIPES["gpu"])
+    planned = plan(job, miniature_folder(), "plus")
+    adapters, refinement = RECIPES["gpu"].adapters, RECIPES["gpu"].adapter_refinement
+    assert planned["rounds"] == [asdict(adapters), asdict(refinement)]
+    assert len(plan(replace(job, recipe=RECIPES["cpu"]), miniature_folder(), "plus")["rounds"]) == 1
+    (tmp_path / "plus").mkdir()
+    (tmp_path / "plus" / RECORD).write_text(json.dumps(planned | {"loss": 0.1}))
+    check_record(tmp_path / "plus" / RECORD, planned)
+    with pytest.raises(ParameterError, match=r"with rounds .*; repeat its options, or name another --output"):
+        run(replace(job, recipe=RECIPES["cpu"]))
+    changed = planned[MODELS] | {"unet": "another"}
+    with pytest.raises(ParameterError, match="with models"):
+        check_record(tmp_path / "plus" / RECORD, planned | {MODELS: changed})
 
 
 @pytest.fixture
@@ -148,22 +189,24 @@ def elsewhere() -> Iterator[ProcessPoolExecutor]:
         yield pool
 
 
-def train_miniature(folder: Path, steps: int) -> tuple[int, str]:
-    """Steps on four rendered pictures: how many losses there are, and what was learned."""
+def train_miniature(folder: Path, *rounds: int) -> tuple[int, str]:
+    """Rounds of steps on four rendered pictures: how many losses there are, and what was learned."""
     corpus = four_pictures(Scene())
     models = miniature_folder()
     base = BaseModel.load(str(models / "base"), device=CPU, dtype=torch.float32)
     encoder = ImageEncoder(models / "clip", patch_layer=weights.PLUS_LAYER, device=CPU, dtype=torch.float32)
     pairs = Pairs(corpus, torch.randn(4, 8, 16, 16, generator=torch.Generator().manual_seed(0)))
-    config = AdapterTrainingConfig(steps=steps, batch_size=2)
-    trained, losses = train_ip_adapter("global", base, encoder, pairs, config, folder=folder)
+    configs = [AdapterTrainingConfig(steps=steps, batch_size=2, seed=seed) for seed, steps in enumerate(rounds)]
+    trained, losses = train_ip_adapter("global", base, encoder, pairs, configs, folder=folder)
     return len(losses), tensors_digest(trained.state()["ip_adapter"])
 
 
 def test_a_training_that_is_started_again_ends_with_the_same_weights(
     tmp_path: Path, elsewhere: ProcessPoolExecutor
 ) -> None:
-    in_peace = elsewhere.submit(train_miniature, tmp_path / "in peace", 4).result()
+    in_peace = elsewhere.submit(train_miniature, tmp_path / "in peace", 2, 2).result()
     assert in_peace[0] == 4
-    assert elsewhere.submit(train_miniature, tmp_path / "shorter", 2).result()[1] != in_peace[1]
-    assert elsewhere.submit(train_miniature, tmp_path / "in peace", 4).result() == in_peace
+    first_round = elsewhere.submit(train_miniature, tmp_path / "stopped", 2).result()
+    assert first_round[1] != in_peace[1]
+    assert elsewhere.submit(train_miniature, tmp_path / "stopped", 2, 2).result() == in_peace
+    assert elsewhere.submit(train_miniature, tmp_path / "in peace", 2, 2).result() == in_peace

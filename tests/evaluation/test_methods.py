@@ -24,11 +24,10 @@ from instantbooth.evaluation.methods.sampling import encode_prompts, sample
 from instantbooth.evaluation.methods.textual_inversion import TextualInversion, TextualInversionConfig
 from instantbooth.model.base import BaseModel
 from instantbooth.model.denoise import unit_noise
-from instantbooth.model.encoders import ImageEncoder
 from instantbooth.model.weights import tensors_digest
+from tests.photographed import CPU, untrained_adapters
 from tests.tiny import portrait, tiny_booth
 
-CPU = torch.device("cpu")
 SAMPLING = Sampling(num_inference_steps=2, guidance_scale=3.0)
 PROMPTS = ["a photo of a {subject}", "a watercolor of a {subject} at the beach"]
 SEEDS = [11, 5]
@@ -44,13 +43,7 @@ def load_base(tiny: Path) -> BaseModel:
 
 @pytest.fixture(scope="module")
 def adapters(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained IP-Adapter of each variant, with a projection that matters."""
-    folder = tmp_path_factory.mktemp("ip_adapter")
-    encoder = ImageEncoder(tiny / "clip", patch_layer=weights.PLUS_LAYER, device=CPU, dtype=torch.float32)
-    torch.manual_seed(0)
-    for variant in weights.VARIANTS:
-        weights.save(weights.new_state(load_base(tiny).unet, encoder, variant), folder / variant / weights.FILE)
-    return folder
+    return untrained_adapters(tiny, tmp_path_factory.mktemp("ip_adapter"))
 
 
 def build(name: str, tiny: Path, adapters: Path) -> Method[Any]:

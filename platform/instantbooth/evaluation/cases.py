@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 
+from PIL import Image
+
 from instantbooth.errors import ParameterError
 from instantbooth.evaluation.methods.interface import Reference
 from instantbooth.prompts import SUBJECT_FIELD, expand
@@ -15,6 +17,8 @@ KINDS = ("background", "style", "composition")
 """The paper's three kinds of prompt: a background changed, a style transferred, a scene composed."""
 RECONSTRUCTION = "reconstruction"
 """Pictures of nothing but the subject, by which the paper measures reconstruction."""
+RECONSTRUCTIONS = 2
+"""Pictures of a subject alone."""
 SEEDS_PER_CASE = 1000
 
 
@@ -40,6 +44,8 @@ class Case:
     class_noun: str
     references: tuple[Reference, ...]
     prompts: tuple[Prompt, ...]
+    known: tuple[Image.Image, ...] = ()
+    """Pictures of it, whether methods are given them or not, that generated ones are compared with."""
 
     def __post_init__(self) -> None:
         if not self.references or not self.prompts:
@@ -66,6 +72,11 @@ class Case:
         return [text.replace(SUBJECT_FIELD, self.class_noun) for text in self.texts]
 
     @property
+    def compared(self) -> tuple[Image.Image, ...]:
+        """What generated pictures are compared with: the references where no others are known."""
+        return self.known or tuple(each.image for each in self.references)
+
+    @property
     def digest(self) -> str:
         """Names all that a method is given of the case."""
         words = [self.number, self.class_noun, self.texts]
@@ -76,9 +87,9 @@ class Case:
         return content.hexdigest()
 
 
-def reconstruction_prompts(count: int) -> list[Prompt]:
-    """The subject alone, as often as there are seeds."""
-    return [Prompt(kind=RECONSTRUCTION, text=f"a photo of a {SUBJECT_FIELD}")] * count
+def reconstruction_prompts() -> list[Prompt]:
+    """The subject alone, again and again: only the seed differs."""
+    return [Prompt(kind=RECONSTRUCTION, text=f"a photo of a {SUBJECT_FIELD}")] * RECONSTRUCTIONS
 
 
 def check_count(name: str, value: int, least: int) -> None:

@@ -1,7 +1,7 @@
 """What is kept of an evaluation: one cell for each method and subject, whole or not there.
 
     cells/<method>/<digest>/<case>/000.png …    the pictures, prompt by prompt
-    cells/<method>/<digest>/<case>/cell.json    written last: the times it took
+    cells/<method>/<digest>/<case>/cell.json    written last: the times it took, and on which machine
 
 The digest names the method's models and settings, and the case's name ends on one of its references and prompts: where
 anything is changed that pictures depend on, other cells are looked for.
@@ -56,9 +56,11 @@ class Cell:
     seconds: Seconds
     pictures: tuple[Image.Image, ...]
     """One for each prompt."""
+    machine: str
+    """What made it, by which its times are to be read."""
 
 
-def evaluate(method: Method[Any], case: Case) -> Cell:
+def evaluate(method: Method[Any], case: Case, *, machine: str) -> Cell:
     """Fits the subject and pictures it by all prompts, on the clock; the class is prepared before that."""
     method.prepare(case.class_noun)
     references, texts, seeds = case.references, case.texts, case.seeds
@@ -70,7 +72,7 @@ def evaluate(method: Method[Any], case: Case) -> Cell:
     if len(texts) > 1:
         pictures += method.generate(subject, texts[1:], seeds[1:])
     seconds = Seconds(fit=fitted - start, first=first - fitted, rest=_now() - first)
-    return Cell(seconds=seconds, pictures=tuple(pictures))
+    return Cell(seconds=seconds, pictures=tuple(pictures), machine=machine)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +88,7 @@ class Cells:
         """Keeps a cell. StorageError where it cannot be written."""
         for number, picture in enumerate(cell.pictures):
             self.store.put(self._key(case, f"{number:03d}.png"), encode_png(picture, {"prompt": case.texts[number]}))
-        record = {"seconds": asdict(cell.seconds), "pictures": len(cell.pictures)}
+        record = {"seconds": asdict(cell.seconds), "pictures": len(cell.pictures), "machine": cell.machine}
         self.store.put(self._key(case, RECORD), (json.dumps(record, indent=2) + "\n").encode())
 
     def has(self, case: Case) -> bool:
@@ -99,7 +101,7 @@ class Cells:
             record = json.loads(self.store.get(self._key(case, RECORD)))
             data = [self.store.get(self._key(case, f"{n:03d}.png")) for n in range(record["pictures"])]
             pictures = tuple(Image.open(io.BytesIO(each)).convert("RGB") for each in data)
-            return Cell(seconds=Seconds(**record["seconds"]), pictures=pictures)
+            return Cell(seconds=Seconds(**record["seconds"]), pictures=pictures, machine=record["machine"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             place = self.store.uri(self._key(case, RECORD))
             raise StorageError(f"{place} is damaged ({error}); delete its folder and run the same command") from error

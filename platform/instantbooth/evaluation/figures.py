@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import BaseImageProcessor, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
@@ -23,7 +24,7 @@ from instantbooth.evaluation.metrics import (
     reconstruction,
     text_alignment,
 )
-from instantbooth.model.loading import silent_loading
+from instantbooth.model.loading import load_whole
 
 COLUMNS: Mapping[str, str] = {
     "alignment": "Alignment ↑",
@@ -75,11 +76,10 @@ class Judges:
     ) -> Judges:
         """The others, and a whole CLIP from its folder. WeightsError where that is none."""
         try:
-            with silent_loading():
-                model = CLIPModel.from_pretrained(clip).eval()
+            model = load_whole(CLIPModel, clip).eval()
             processor = CLIPImageProcessorPil.from_pretrained(clip)
             tokenizer = CLIPTokenizer.from_pretrained(clip)
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise WeightsError(f"{clip} holds no whole CLIP to judge by ({error}); name a CLIP folder") from error
         return cls(
             clip=model,
@@ -107,8 +107,8 @@ class Gallery:
     """Identities among which a generated picture must be recognised."""
 
     def __init__(self, embedder: Embedder, cases: Sequence[Case]) -> None:
-        """References of the cases to judge, which come first, and of others."""
-        self.embeddings = [embedder.embed([each.image for each in case.references]) for case in cases]
+        """Pictures of the cases to judge, which come first, and of others."""
+        self.embeddings = [embedder.embed(case.compared) for case in cases]
 
 
 def judge(judges: Judges, gallery: Gallery, cases: Sequence[Case], cells: Sequence[Cell]) -> list[Value]:
@@ -130,7 +130,7 @@ def judge(judges: Judges, gallery: Gallery, cases: Sequence[Case], cells: Sequen
                 judges.clip,
                 judges.processor,
                 [cell.pictures[n] for n in alone],
-                [each.image for each in case.references],
+                case.compared,
             )
             values += [_value("reconstruction", number, RECONSTRUCTION, each) for each in similar.tolist()]
         values.append(_value("seconds", number, "", cell.seconds.first_picture))
@@ -198,16 +198,16 @@ def _judge_prompts(judges: Judges, gallery: Gallery, number: int, case: Case, ce
         return []
     embedded = judges.identity.embed(pictures)
     own = gallery.embeddings[number]
-    texts, references = [case.plain_texts[n] for n in chosen], [each.image for each in case.references]
+    texts = [case.plain_texts[n] for n in chosen]
     columns = {
         "alignment": text_alignment(judges.clip, judges.processor, judges.tokenizer, pictures, texts),
         "face_distance": torch.cdist(embedded, own).mean(dim=1),
         "face_similarity": (embedded @ own.T).mean(dim=1),
-        "clip_i": reconstruction(judges.clip, judges.processor, pictures, references),
+        "clip_i": reconstruction(judges.clip, judges.processor, pictures, case.compared),
         "identification": (nearest_identity(embedded, gallery.embeddings) == number).float(),
     }
     if judges.dino is not None:
-        columns["dino"] = (judges.dino.embed(pictures) @ judges.dino.embed(references).T).mean(dim=1)
+        columns["dino"] = (judges.dino.embed(pictures) @ judges.dino.embed(case.compared).T).mean(dim=1)
     values = [
         _value(column, number, kind, each)
         for column, figures in columns.items()

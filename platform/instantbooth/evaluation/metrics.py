@@ -47,11 +47,16 @@ def attributes_seen(
     """
     if len(images) != len(wanted):
         raise ParameterError(f"there are {len(images)} images but {len(wanted)} sets of attributes; pass one for each")
+    check_wanted(judge, wanted)
+    seen = judge.predict(images)
+    return [[saw[name] == value for name, value in row.items()] for saw, row in zip(seen, wanted, strict=True)]
+
+
+def check_wanted(judge: AttributeJudge, wanted: Sequence[Mapping[str, str]]) -> None:
+    """ParameterError where something is wanted that the judge does not know."""
     for name, value in {pair for row in wanted for pair in row.items()}:
         if value not in judge.attributes.get(name, ()):
             raise ParameterError(f"the judge knows no {name} {value!r}; it knows {judge.attributes}")
-    seen = judge.predict(images)
-    return [[saw[name] == value for name, value in row.items()] for saw, row in zip(seen, wanted, strict=True)]
 
 
 def identification_top1(generated_embeddings: Tensor, labels: Tensor, gallery_embeddings: Tensor) -> float:

@@ -11,7 +11,6 @@ from instantbooth.miniature.corpus import subject_seed
 from instantbooth.miniature.scene import ATTRIBUTES, caption_of
 from instantbooth.prompts import SUBJECT_FIELD
 
-RECONSTRUCTIONS = 2
 STYLES = tuple(style for style in ATTRIBUTES["style"] if style != "photo")
 HATS = tuple(hat for hat in ATTRIBUTES["headwear"] if hat != "none")
 
@@ -33,7 +32,7 @@ def draw_cases(split: str, count: int, *, references: int = 5, prompts_per_kind:
                 number=number,
                 class_noun=subject.class_noun,
                 references=tuple(Reference(image=each.image, mask=each.mask) for each in subject.references),
-                prompts=(*prompts, *reconstruction_prompts(RECONSTRUCTIONS)),
+                prompts=(*prompts, *reconstruction_prompts()),
             )
         )
     return cases

@@ -6,7 +6,11 @@ import csv
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
+from typing import Literal
+
+from PIL import Image
 
 from instantbooth.errors import ImageError, ParameterError
 from instantbooth.evaluation.cases import Case, Prompt, reconstruction_prompts
@@ -15,8 +19,11 @@ from instantbooth.images import check_mask, decode_image
 from instantbooth.prompts import CLASS_NOUNS, SUBJECT_FIELD
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff")
-RECONSTRUCTIONS = 2
+VALIDATION_SHARE = 5
+"""One in so many identities is for validation."""
 DREAMBENCH_PROMPTS = "prompts_and_classes.txt"
+DREAMBENCH_COUNT = 25
+"""Prompts for objects, and as many for live subjects."""
 LIVE_CLASSES = ("cat", "dog")
 """Classes whose subjects take DreamBench's prompts for live subjects."""
 PROMPTS = tuple(
@@ -32,109 +39,165 @@ PROMPTS = tuple(
 )
 """For identities of a data set that has no prompts of its own."""
 
+Split = Literal["test", "validation"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listed:
+    """A subject by its files, none of which is read yet."""
+
+    name: str
+    number: int
+    """Its place in the data set, whoever else is left out."""
+    class_noun: str
+    files: tuple[Path, ...]
+    """Pictures that generated ones are compared with."""
+    masks: tuple[Path, ...] = ()
+    """Theirs, where there are any."""
+    prompts: tuple[Prompt, ...]
+
+    def case(self, references: int) -> Case:
+        """Reads the pictures, of which methods are given the first ones.
+
+        Raises ImageError for one that cannot be read or lacks its mask.
+        """
+        images = [decode_image(file.read_bytes(), name=str(file)) for file in self.files]
+        given = [Reference(image=image) for image in images[:references]]
+        if self.masks:
+            chosen = zip(images[:references], self.files, self.masks, strict=False)
+            given = [Reference(image=image, mask=_mask(image, file, mask)) for image, file, mask in chosen]
+        return Case(
+            name=self.name,
+            number=self.number,
+            class_noun=self.class_noun,
+            references=tuple(given),
+            prompts=self.prompts,
+            known=tuple(images),
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """Cases, and what cannot be one."""
+    """Subjects, and what cannot be one."""
 
-    cases: list[Case]
+    subjects: list[Listed]
     dropped: dict[str, str]
     """Subject → why it is left out."""
 
 
-def read_identities(
+def list_identities(
     root: Path,
     *,
+    split: Split = "test",
     class_noun: str = "person",
-    references: int = 5,
+    pictures: int = 5,
     prompts: Sequence[Prompt] = PROMPTS,
     masks: Path | None = None,
 ) -> Dataset:
-    """A case for each identity with enough pictures, of which the first ones by name are taken.
+    """The split's identities that have enough pictures, of which the first ones by name are taken.
 
     Identities are folders of pictures, or, in one flat folder, the part of a name before its last "_" (0_3.tif is a
-    picture of 0). `masks` is laid out as `root`, with PNG files. Raises ParameterError where no identity is usable, and
-    ImageError for a picture that cannot be read.
+    picture of 0). `masks` is laid out as `root`, with PNG files. ParameterError where no identity is usable.
     """
-    cases: list[Case] = []
-    dropped = {}
-    for name, files in _identities(root):
-        if len(files) < references:
-            dropped[name] = f"{len(files)} pictures, {references} are needed"
+    subjects: list[Listed] = []
+    dropped: dict[str, str] = {}
+    for number, (name, files) in enumerate(_identities(root)):
+        if not name:
+            dropped |= {file.name: "no identity stands before a '_' in its name" for file in files}
+        elif split_of(name) != split:
             continue
-        chosen = tuple(_reference(file, root, masks) for file in files[:references])
-        cases.append(
-            Case(
-                name=name,
-                number=len(cases),
-                class_noun=class_noun,
-                references=chosen,
-                prompts=(*prompts, *reconstruction_prompts(RECONSTRUCTIONS)),
+        elif len(files) < pictures:
+            dropped[name] = _too_few(files, pictures)
+        else:
+            chosen = tuple(files[:pictures])
+            subjects.append(
+                Listed(
+                    name=name,
+                    number=number,
+                    class_noun=class_noun,
+                    files=chosen,
+                    masks=() if masks is None else tuple(masks / file.relative_to(root) for file in chosen),
+                    prompts=(*prompts, *reconstruction_prompts()),
+                )
             )
-        )
-    return _checked(root, cases, dropped)
+    return _checked(f"the {split} split of {root} (a fifth of its names is for validation)", subjects, dropped)
 
 
-def read_dreambench(root: Path, *, references: int = 4, pictures_per_prompt: int = 4) -> Dataset:
+def split_of(name: str) -> Split:
+    """An identity's split, which follows from its name alone: whoever joins the data set or leaves it changes none."""
+    chosen = int.from_bytes(sha256(name.encode()).digest()) % VALIDATION_SHARE == 0
+    return "validation" if chosen else "test"
+
+
+def list_dreambench(root: Path, *, pictures: int = 4, pictures_per_prompt: int = 4, any_class: bool = True) -> Dataset:
     """DreamBench as it is published: a folder for each subject, beside prompts_and_classes.txt.
 
-    Every subject has the 25 prompts of its kind, each `pictures_per_prompt` times. Subjects whose class no method here
-    knows, or with too few pictures, are dropped. Raises ParameterError where the file is missing or none is usable.
+    Every subject has the 25 prompts of its kind, each `pictures_per_prompt` times, and is compared with all of its
+    pictures. Dropped are those with fewer than `pictures` and, unless `any_class`, those whose noun is in no class that
+    InstantBooth's weights are trained for. Raises ParameterError where the list cannot be read or none is usable.
     """
     classes, objects, live = _dreambench_file(root / DREAMBENCH_PROMPTS)
     known = {noun for nouns in CLASS_NOUNS.values() for noun in nouns}
-    cases: list[Case] = []
+    subjects: list[Listed] = []
     dropped = {}
-    for name, noun in classes.items():
+    for number, (name, noun) in enumerate(classes.items()):
         files = _pictures(root / name)
-        if noun not in known:
-            dropped[name] = f"class {noun!r} is none of those that weights are trained for"
-        elif len(files) < references:
-            dropped[name] = f"{len(files)} pictures, {references} are needed"
+        if not any_class and noun not in known:
+            dropped[name] = f"InstantBooth's weights know no {noun}; a table of other --methods keeps it"
+        elif len(files) < pictures:
+            dropped[name] = _too_few(files, pictures)
         else:
             texts = live if noun in LIVE_CLASSES else objects
             prompts = [Prompt(kind="composition", text=text) for text in texts for _ in range(pictures_per_prompt)]
-            chosen = tuple(_reference(file, root, None) for file in files[:references])
-            cases.append(Case(name=name, number=len(cases), class_noun=noun, references=chosen, prompts=tuple(prompts)))
-    return _checked(root, cases, dropped)
+            subjects.append(
+                Listed(name=name, number=number, class_noun=noun, files=tuple(files), prompts=tuple(prompts))
+            )
+    return _checked(str(root), subjects, dropped)
 
 
 def _identities(root: Path) -> Iterator[tuple[str, list[Path]]]:
     if not root.is_dir():
         raise ParameterError(f"{root} is no folder; name one with a folder of pictures for each identity")
-    folders = sorted(each for each in root.iterdir() if each.is_dir())
+    folders = sorted((each for each in root.iterdir() if each.is_dir()), key=_natural)
     if folders:
         yield from ((folder.name, _pictures(folder)) for folder in folders)
         return
     groups: dict[str, list[Path]] = {}
     for file in _pictures(root):
         groups.setdefault(file.stem.rpartition("_")[0], []).append(file)
-    yield from sorted(groups.items())
+    yield from groups.items()
 
 
 def _pictures(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    return sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+    return sorted((file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES), key=_natural)
 
 
-def _reference(file: Path, root: Path, masks: Path | None) -> Reference:
-    image = decode_image(file.read_bytes(), name=str(file))
-    if masks is None:
-        return Reference(image=image)
-    path = (masks / file.relative_to(root)).with_suffix(".png")
+def _natural(path: Path) -> tuple[list[tuple[int, str]], str]:
+    """Orders names as people do: 2 before 10."""
+    parts = [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", path.name)]
+    return parts, path.name
+
+
+def _mask(image: Image.Image, file: Path, path: Path) -> Image.Image:
+    path = path.with_suffix(".png")
     try:
         mask = decode_image(path.read_bytes(), name=str(path))
     except OSError as error:
         raise ImageError(f"{file} has no mask at {path} ({error}); add it, or pass no masks") from error
-    return Reference(image=image, mask=check_mask(mask, image, str(path)))
+    return check_mask(mask, image, str(path))
 
 
-def _checked(root: Path, cases: list[Case], dropped: dict[str, str]) -> Dataset:
-    if not cases:
+def _too_few(files: Sequence[Path], needed: int) -> str:
+    return f"{len(files)} pictures, {needed} are needed"
+
+
+def _checked(place: str, subjects: list[Listed], dropped: dict[str, str]) -> Dataset:
+    if not subjects:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(dropped.items())[:5])
-        raise ParameterError(f"{root} has no usable identity ({reasons or 'it holds no pictures'})")
-    return Dataset(cases=cases, dropped=dropped)
+        raise ParameterError(f"{place} has no usable identity ({reasons or 'it holds no pictures'})")
+    return Dataset(subjects=subjects, dropped=dropped)
 
 
 def _dreambench_file(path: Path) -> tuple[dict[str, str], list[str], list[str]]:
@@ -149,10 +212,23 @@ def _dreambench_file(path: Path) -> tuple[dict[str, str], list[str], list[str]]:
         raise ParameterError(
             f"{path} cannot be read as DreamBench's list ({error}); name its dataset folder"
         ) from error
-    found = [re.findall(r"'([^']*\{0\} \{1\}[^']*)'\.format", part) for part in (objects, live)]
-    if not classes or not all(found):
+    if not classes:
+        raise ParameterError(f"{path} lists no subjects; name DreamBench's own file")
+    return classes, _prompts(path, "objects", objects), _prompts(path, "live subjects", live)
+
+
+def _prompts(path: Path, kind: str, listed: str) -> list[str]:
+    """One prompt a line. ParameterError for a line that is none, and unless there are as many as are published."""
+    texts = []
+    for line in re.findall(r"^.*\{0\}.*$", listed, re.MULTILINE):
+        found = re.search(r"""(['"])(.*?\{0\} \{1\}.*?)\1\.format""", line)
+        if found is None:
+            raise ParameterError(
+                f"{path} has a line that is no prompt: {line.strip()!r}; write '… {{0}} {{1}} …'.format("
+            )
+        texts.append(found[2].replace("{0} {1}", SUBJECT_FIELD))
+    if len(texts) != DREAMBENCH_COUNT:
         raise ParameterError(
-            f"{path} lists {len(classes)} subjects and no prompts for some; name DreamBench's own file"
+            f"{path} has {len(texts)} prompts for {kind}, DreamBench has {DREAMBENCH_COUNT}; name its own file"
         )
-    prompts = [[text.replace("{0} {1}", SUBJECT_FIELD) for text in texts] for texts in found]
-    return classes, prompts[0], prompts[1]
+    return texts

@@ -113,6 +113,16 @@ class BaseModel:
         return pictures
 
 
+def unet_outline(folder: Path) -> UNet2DConditionModel:
+    """A Stable Diffusion folder's U-Net with names and shapes alone, on the meta device. BaseModelError as `load`."""
+    check_layout(folder)
+    try:
+        with torch.device("meta"):
+            return UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet"))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise BaseModelError(f"{folder / 'unet'} is no U-Net of Stable Diffusion 1.x: {error}") from error
+
+
 def load_tokenizer(folder: Path) -> CLIPTokenizer:
     """The tokenizer of a Stable Diffusion folder. BaseModelError where it has none."""
     try:

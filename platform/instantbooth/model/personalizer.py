@@ -10,17 +10,25 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPVisionConfig
 
 from instantbooth.config import GenerationDefaults, WeightsConfig
-from instantbooth.errors import ConceptError, ParameterError, PromptError
+from instantbooth.errors import ConceptError, ParameterError, PromptError, WeightsError
 from instantbooth.model.adapter import KeysValues, attach
-from instantbooth.model.base import BaseModel, device_of
+from instantbooth.model.base import BaseModel, device_of, locate, unet_outline
 from instantbooth.model.conditioning import Concept, concept_keys_values, inject
 from instantbooth.model.denoise import Row, denoise, unit_noise
 from instantbooth.model.encoders import Encoders
 from instantbooth.model.samplers import SamplerTable, sampler_table
 from instantbooth.model.subjects import SubjectEncoder
-from instantbooth.model.weights import load_weights, read_tensors, save_weights, tensors_digest, trained_parts
+from instantbooth.model.weights import (
+    fitting_tensors,
+    load_weights,
+    read_tensors,
+    save_weights,
+    tensors_digest,
+    trained_parts,
+)
 from instantbooth.parameters import check_range
 from instantbooth.presets import ModelPreset, model_parts
 from instantbooth.prompts import expand, tokenize, tokenize_subject
@@ -324,6 +332,26 @@ class Personalizer:
             )
             for request, prompt in zip(requests, prompt_embeds, strict=True)
         ]
+
+
+def check_fit(parts: ModelPreset) -> None:
+    """WeightsError where the trained weights of `parts` are of another base or image encoder.
+
+    Only shapes are compared: neither of the models is loaded.
+    """
+    base, clip = locate(parts.base), locate(parts.image_encoder)
+    _, folder, _ = trained_parts(base, parts.weights, parts.image_encoder, None)
+    try:
+        text = CLIPTextConfig.from_pretrained(base / "text_encoder")
+        vision = CLIPVisionConfig.from_pretrained(clip)
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{base} or {clip} cannot be read ({error}); name a base and a CLIP folder") from error
+    unet = unet_outline(base)
+    with torch.device("meta"):
+        encoders = Encoders(
+            global_width=vision.projection_dim, patch_width=vision.hidden_size, text_width=text.hidden_size
+        )
+        fitting_tensors(folder, Trained(encoders, attach(unet, text.hidden_size)))
 
 
 def _checked(concept: object, encoder_digest: str) -> Concept:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from pathlib import Path
 
 import torch
@@ -88,6 +88,12 @@ def load_weights(folder: Path, trained: nn.Module, *, prefix: str = "") -> None:
 
     WeightsError where they are missing, damaged or of another shape.
     """
+    tensors = fitting_tensors(folder, trained, prefix=prefix)
+    trained.load_state_dict({name.removeprefix(prefix): value for name, value in tensors.items()})
+
+
+def fitting_tensors(folder: Path, trained: nn.Module, *, prefix: str = "") -> dict[str, Tensor]:
+    """The tensors that `load_weights` copies, under their names in the folder. Raises as it does."""
     path = folder / TENSORS_FILE
     tensors = {name: value for name, value in read_tensors(folder).items() if name.startswith(prefix)}
     expected = {prefix + name: tuple(value.shape) for name, value in trained.state_dict().items()}
@@ -99,7 +105,7 @@ def load_weights(folder: Path, trained: nn.Module, *, prefix: str = "") -> None:
             f"{path} does not fit the model in {len(wrong)} tensors, first {name}: found {found.get(name)}, the model "
             f"has {expected.get(name)}; use the base model and image encoder these weights were trained with"
         )
-    trained.load_state_dict({name.removeprefix(prefix): value for name, value in tensors.items()})
+    return tensors
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
@@ -108,4 +114,17 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     for name, value in sorted(tensors.items()):
         content.update(name.encode())
         content.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    return content.hexdigest()
+
+
+def folder_digest(folder: Path) -> str:
+    """SHA-256 over the names and the content of a model folder's files: configurations, vocabularies and tensors.
+
+    Of a model that is a single file, its content's.
+    """
+    content = sha256(folder.read_bytes() if folder.is_file() else b"")
+    for path in sorted(file for file in folder.rglob("*") if file.suffix in (".json", ".safetensors", ".bin", ".txt")):
+        content.update(path.relative_to(folder).as_posix().encode())
+        with path.open("rb") as stream:
+            content.update(file_digest(stream, "sha256").digest())
     return content.hexdigest()

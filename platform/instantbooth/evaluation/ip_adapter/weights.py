@@ -9,6 +9,7 @@ diffusers builds its modules from such tensors, for training here and for infere
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from diffusers.models.embeddings import ImageProjection, IPAdapterPlusImageProje
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import CLIPVisionConfig
 
 from instantbooth.errors import WeightsError, did_you_mean
 from instantbooth.model.encoders import ImageEncoder
@@ -147,6 +149,24 @@ def check_fits(unet: UNet2DConditionModel, state: Mapping[str, Mapping[str, Tens
                 f"{path} does not fit the base: ip_adapter.{number}.to_k_ip.weight is {shape}, the base needs "
                 f"{tuple(expected)}; use the base it was trained with"
             )
+
+
+def check_reads(image_encoder: Path, state: Mapping[str, Mapping[str, Tensor]], path: Path) -> None:
+    """WeightsError where the adapter reads features of another width than the image encoder's, or that is none."""
+    try:
+        settings = json.loads((image_encoder / "config.json").read_text())
+        clip = CLIPVisionConfig.from_dict(settings.get("vision_config", settings))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise WeightsError(f"{image_encoder} is no CLIP image encoder ({error}); name a CLIP folder") from error
+    projection = state["image_proj"]
+    name, width = ("proj_in", clip.hidden_size) if "latents" in projection else ("proj", clip.projection_dim)
+    found = projection.get(f"{name}.weight")
+    if found is None or found.shape[1] != width:
+        shape = None if found is None else tuple(found.shape)
+        raise WeightsError(
+            f"{path} reads another image encoder: image_proj.{name}.weight is {shape}, {image_encoder} gives "
+            f"features of width {width}; name the CLIP it was trained with by --ip-adapter-image-encoder"
+        )
 
 
 def image_features(image_encoder: ImageEncoder, variant: str, pixels: Tensor) -> tuple[Tensor, Tensor]:

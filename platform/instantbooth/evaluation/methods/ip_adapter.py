@@ -49,6 +49,7 @@ class IPAdapter(Method[ImagePrompt]):
         """`base` is changed: it gets the adapter of `file`. Raises WeightsError."""
         state = weights.load(file, config.variant)
         weights.check_fits(base.unet, state, file)
+        weights.check_reads(image_encoder, state, file)
         weights.attach(base.unet, state).requires_grad_(False)
         weights.set_scale(base.unet, config.scale)
         self.base = base

@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 
 from instantbooth import Personalizer
 from instantbooth.errors import ParameterError, did_you_mean
+from instantbooth.evaluation.cases import Case
 from instantbooth.evaluation.ip_adapter import weights
+from instantbooth.evaluation.ip_adapter.origin import check_origin
 from instantbooth.evaluation.methods.dreambooth import DreamBooth, DreamBoothConfig
 from instantbooth.evaluation.methods.interface import Method, Sampling
 from instantbooth.evaluation.methods.ip_adapter import IPAdapter, IPAdapterConfig
 from instantbooth.evaluation.methods.personalizer import InstantBooth, InstantBoothConfig
 from instantbooth.evaluation.methods.textual_inversion import TextualInversion, TextualInversionConfig
-from instantbooth.model.base import BaseModel, device_of, locate
+from instantbooth.model.base import BaseModel, device_of, locate, unet_outline
+from instantbooth.model.personalizer import check_fit
 from instantbooth.presets import ModelPreset
+
+
+def field_of(method: str) -> str:
+    """The method's field of Settings."""
+    return method.replace("-", "_")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Hyperparameters of the methods; the defaults are the miniature's."""
+    """Hyperparameters of the methods. The defaults are for the miniature, and where its tuning starts."""
 
     textual_inversion: TextualInversionConfig = TextualInversionConfig()
     dreambooth: DreamBoothConfig = DreamBoothConfig()
@@ -36,21 +44,29 @@ class Settings:
 
     def of(self, method: str) -> Any:
         """One method's."""
-        return getattr(self, method.replace("-", "_"))
+        return getattr(self, field_of(method))
 
-    def to_json(self) -> str:
-        """What `from_json` reads."""
-        return json.dumps(asdict(self), indent=2) + "\n"
+    def to_json(self, methods: Collection[str] | None = None) -> str:
+        """What `from_json` reads; of these methods alone, if some are named."""
+        chosen = None if methods is None else {field_of(method) for method in methods}
+        values = {name: own for name, own in asdict(self).items() if chosen is None or name in chosen}
+        return json.dumps(values, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str, defaults: Settings | None = None, *, name: str = "the settings") -> Settings:
-        """Settings from JSON; what is missing is as in `defaults`. ParameterError for an unknown method or field."""
+        """Settings from JSON; what is missing is as in `defaults`.
+
+        ParameterError for an unknown method or field, and for a value of the wrong type.
+        """
         try:
             values: dict[str, dict[str, Any]] = json.loads(text)
             chosen = {}
             for each in fields(cls):
-                known = getattr(defaults or cls(), each.name)
-                chosen[each.name] = type(known)(**(asdict(known) | values.pop(each.name, {})))
+                known, given = getattr(defaults or cls(), each.name), values.pop(each.name, {})
+                _check_types(f"{name}, {each.name}", type(known), given)
+                chosen[each.name] = replace(known, **given)
+        except ParameterError:
+            raise
         except (ValueError, TypeError, AttributeError) as error:
             raise ParameterError(f"{name} cannot be read ({error}); write what `jobs.evaluate tune` writes") from error
         if values:
@@ -76,6 +92,8 @@ class Parts:
     """Base, image encoder, segmenter, and InstantBooth's weights."""
     ip_adapter: Path
     """Folder with global/ and plus/, each with an ip_adapter.safetensors."""
+    ip_adapter_image_encoder: str
+    """The CLIP that these were trained with."""
     sampling: Sampling
     settings: Settings
     device: str
@@ -89,8 +107,8 @@ class Entry:
 
     title: str
     build: Callable[[Parts], Method[Any]]
-    tuned: bool = False
-    """Whether it optimises for each subject."""
+    any_class: bool = True
+    """Whether it pictures subjects of any class, or those alone that InstantBooth's weights know."""
 
 
 def _booth(parts: Parts) -> Personalizer:
@@ -109,7 +127,7 @@ def _base(parts: Parts) -> BaseModel:
 
 
 def _ip_adapter(parts: Parts, config: IPAdapterConfig) -> IPAdapter:
-    image_encoder = locate(parts.models.image_encoder)
+    image_encoder = locate(parts.ip_adapter_image_encoder)
     return IPAdapter(_base(parts), image_encoder, _ip_adapter_file(parts, config), parts.sampling, config)
 
 
@@ -117,21 +135,20 @@ def _ip_adapter_file(parts: Parts, config: IPAdapterConfig) -> Path:
     return parts.ip_adapter / config.variant / weights.FILE
 
 
+MASKED = "instantbooth-masked"
+
 METHODS: Mapping[str, Entry] = {
     "textual-inversion": Entry(
         title="Textual Inversion",
         build=lambda parts: TextualInversion(_base(parts), parts.sampling, parts.settings.textual_inversion),
-        tuned=True,
     ),
     "dreambooth": Entry(
         title="DreamBooth",
         build=lambda parts: DreamBooth(_base(parts), parts.sampling, parts.settings.dreambooth),
-        tuned=True,
     ),
     "dreambooth-lora": Entry(
         title="DreamBooth, LoRA",
         build=lambda parts: DreamBooth(_base(parts), parts.sampling, parts.settings.dreambooth_lora),
-        tuned=True,
     ),
     "ip-adapter": Entry(
         title="IP-Adapter",
@@ -144,19 +161,21 @@ METHODS: Mapping[str, Entry] = {
     "instantbooth": Entry(
         title="InstantBooth",
         build=lambda parts: InstantBooth(_booth(parts), parts.sampling, parts.settings.instantbooth, masked=False),
+        any_class=False,
     ),
-    "instantbooth-masked": Entry(
+    MASKED: Entry(
         title="InstantBooth + M",
         build=lambda parts: InstantBooth(
             _booth(parts), parts.sampling, parts.settings.instantbooth_masked, masked=True
         ),
+        any_class=False,
     ),
 }
 """In the order of the paper's Table 1."""
 
 
 def check_methods(names: tuple[str, ...], parts: Parts) -> None:
-    """What can be wrong before any model is loaded: unknown names, weights that are not there.
+    """What can be wrong before any model is loaded: unknown names, weights that are not there or of another base.
 
     Raises ParameterError and WeightsError.
     """
@@ -165,6 +184,36 @@ def check_methods(names: tuple[str, ...], parts: Parts) -> None:
             raise ParameterError(f"method {name!r} is unknown. {did_you_mean(name, METHODS)}")
         config = parts.settings.of(name)
         if isinstance(config, IPAdapterConfig):
-            weights.load(_ip_adapter_file(parts, config), config.variant)
-        if name.startswith("instantbooth") and parts.models.weights is None:
-            raise ParameterError(f"{name} needs trained weights; pass --weights, or leave it out by --methods")
+            file, image_encoder = _ip_adapter_file(parts, config), locate(parts.ip_adapter_image_encoder)
+            state, base = weights.load(file, config.variant), locate(parts.models.base)
+            check_origin(file, base, image_encoder)
+            weights.check_fits(unet_outline(base), state, file)
+            weights.check_reads(image_encoder, state, file)
+        elif isinstance(config, InstantBoothConfig):
+            if parts.models.weights is None:
+                raise ParameterError(f"{name} needs trained weights; pass --weights, or leave it out by --methods")
+            check_fit(parts.models)
+
+
+def check_references(names: tuple[str, ...], parts: Parts, cases: Sequence[Case]) -> None:
+    """ParameterError where a method needs masks that are not there."""
+    if MASKED not in names or parts.models.segmenter is not None:
+        return
+    for case in cases:
+        if any(reference.mask is None for reference in case.references):
+            raise ParameterError(
+                f"{MASKED} needs masks, and the pictures of {case.name} have none; pass --masks or --segmenter, or "
+                "leave it out by --methods"
+            )
+
+
+def _check_types(name: str, config: type, given: Mapping[str, object]) -> None:
+    """ParameterError for a value of another type than its field's; a whole number may stand for any number."""
+    for field, wanted in get_type_hints(config).items():
+        if field not in given:
+            continue
+        value = given[field]
+        allowed = wanted | int if isinstance(0.0, wanted) else wanted
+        if isinstance(value, bool) or not isinstance(value, allowed):
+            word = getattr(wanted, "__name__", str(wanted))
+            raise ParameterError(f"{name}: {field} must be {word}, is {value!r}; correct it")
