@@ -55,6 +55,7 @@ def run(job: IPAdapterJob) -> None:
     ParameterError where what is there was trained otherwise, or for other models.
     """
     models = job.models or miniature_folder()
+    cli.make_folder(job.output)
     plans = {variant: plan(job, models, variant) for variant in job.variants}
     for variant, planned in plans.items():
         check_record(job.output / variant / RECORD, planned)
