@@ -67,7 +67,8 @@ class Ablations(Protocol):
             raise ParameterError("the rows are trained on the miniature's rendered pairs; leave out --data")
         if not 0 < self.tuned_rate <= 1:
             raise ParameterError(f"tuned_rate must be above 0 and at most 1, is {self.tuned_rate:g}; correct it")
-        refuse_unused(self, ("weights", "ip_adapter", "ip_adapter_image_encoder"), "does nothing: all rows are trained here")
+        unused = ("weights", "ip_adapter", "ip_adapter_image_encoder")
+        refuse_unused(self, unused, "does nothing: all rows are trained here")
         check_count("pictures", self.pictures, 1)
         loop_of(self.training)
         self.check((METHOD,))
