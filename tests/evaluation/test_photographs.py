@@ -152,7 +152,8 @@ def test_pictures_are_compared_with_all_that_are_known_of_a_subject(tiny: Path, 
     [_, cat] = [each.case(1) for each in list_dreambench(dreambench(tmp_path), pictures_per_prompt=1).subjects]
     judges = Judges.load(tiny / "clip", VisionTransformer(tiny_vit(tmp_path / "dino")))
     judges = replace(judges, dino=judges.identity)
-    cell = Cell(seconds=Seconds(fit=1.0, first=1.0, rest=1.0), pictures=(portrait(9)[0],) * len(cat.prompts))
+    seconds = Seconds(fit=1.0, first=1.0, rest=1.0)
+    cell = Cell(seconds=seconds, machine="a laptop", pictures=(portrait(9)[0],) * len(cat.prompts))
 
     def figures(case: Case) -> dict[str, float]:
         row = table_row(judge(judges, Gallery(judges.identity, [case]), [case], [cell]))
