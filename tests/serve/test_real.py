@@ -43,6 +43,8 @@ PENDING = 16
 """Pictures that may wait: a few seconds' work, which is how soon the endpoint recovers."""
 STEPS = 8
 STAGES = ("generate", "job", "encode", "ingress")
+PATIENT = {"type": "number", "minimum": 60, "maximum": 600}
+"""Deadlines, as a schema, that nothing misses: sooner ones end in 504, as they should."""
 
 
 @dataclass
@@ -176,7 +178,9 @@ def _with_concept(schema: dict[str, Any], concept: str) -> dict[str, Any]:
         properties["prompt"] = {"enum": ["{subject}", "a {subject} at the beach", "none", "{subject} {subject}"]}
         properties["num_inference_steps"] |= {"maximum": 3}
         properties["n"] |= {"maximum": 2}
-        properties["deadline_s"] = {"type": "number", "minimum": 60, "maximum": 600}
+        properties["deadline_s"] = PATIENT
+    edits = schema["paths"]["/v1/images/edits"]["post"]["requestBody"]["content"]["multipart/form-data"]
+    edits["schema"]["properties"]["deadline_s"] = PATIENT
     return schema
 
 
