@@ -15,6 +15,7 @@ from instantbooth.evaluation.miniature import Examination, draw_subjects, told
 from instantbooth.miniature.corpus import identity_of, subject_seed
 from instantbooth.miniature.world import Picture, Scene, render
 from instantbooth.presets import miniature_folder
+from jobs.benchmarks.serve import SUBJECT
 
 SUBJECTS = 6
 
@@ -74,6 +75,10 @@ def test_the_segmenter_finds_the_subject_where_no_mask_is_given(miniature: Perso
 def test_a_picture_without_subject_is_refused(miniature: Personalizer) -> None:
     with pytest.raises(ImageError, match="image 2: no cat found"):
         miniature.encode([photos(1, 1)[0].image, Image.new("RGB", (64, 64), "white")], "cat")
+
+
+def test_the_endpoints_benchmark_shows_a_subject_by_its_alpha_channel(miniature: Personalizer) -> None:
+    assert isinstance(miniature.encode([SUBJECT]), Concept)
 
 
 def test_an_alpha_channel_that_hides_nothing_is_no_mask(miniature: Personalizer) -> None:

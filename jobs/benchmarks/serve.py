@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 PROMPT = "a photo of a {subject} at the beach"
 MOST_OVER_ENGINE = 1.1
-SUBJECT = Image.new("RGBA", (64, 64), (200, 120, 80, 255))
+SUBJECT = Image.new("RGBA", (64, 64))
+SUBJECT.paste((200, 120, 80, 255), (8, 8, 56, 56))
 
 
 @dataclass(frozen=True, kw_only=True)
