@@ -37,7 +37,7 @@ class AutoscalingBenchmark:
 
     seconds: float = 180.0
     """How long it is watched; the load is on for two fifths of that, and there is none after."""
-    peak: float = 2.0
+    peak: float = 9.0
     """Pictures asked for in a second at the height of the load."""
     num_inference_steps: int = 10
     guidance_scale: float = 7.5
