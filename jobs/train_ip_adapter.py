@@ -20,11 +20,10 @@ from instantbooth.evaluation.ip_adapter.origin import MODELS, RECORD, trained_fo
 from instantbooth.miniature.corpus import Corpus, render_corpus
 from instantbooth.miniature.ip_adapter import train_ip_adapter
 from instantbooth.miniature.pairs import Pairs, corpus_latents
-from instantbooth.miniature.recipe import RECIPES, Recipe
+from instantbooth.miniature.recipe import RECIPES
 from instantbooth.model.base import BaseModel, device_of
 from instantbooth.model.encoders import ImageEncoder
 from instantbooth.presets import miniature_folder
-from instantbooth.training.adapters import AdapterTrainingConfig
 from jobs import cli
 from jobs.recipes import RecipeOption
 
@@ -69,18 +68,13 @@ def run(job: IPAdapterJob) -> None:
         print(f"{variant}: {record_path.read_text()}")
 
 
-def rounds(recipe: Recipe) -> list[AdapterTrainingConfig]:
-    """InstantBooth's own trainings, one after the other."""
-    return [each for each in (recipe.adapters, recipe.adapter_refinement) if each is not None]
-
-
 def plan(job: IPAdapterJob, models: Path, variant: str) -> dict[str, Any]:
     """All that the trained weights depend on, as their record says it."""
     planned = {
         "variant": variant,
         MODELS: trained_for(models / "base", models / "clip"),
         "pictures": job.recipe.adapter_pictures,
-        "rounds": [asdict(each) for each in rounds(job.recipe)],
+        "rounds": [asdict(each) for each in job.recipe.adapter_rounds.values()],
     }
     found: dict[str, Any] = json.loads(json.dumps(planned))
     return found
@@ -107,7 +101,8 @@ def _train(job: IPAdapterJob, models: Path, corpus: Corpus, variant: str, planne
     started = time.perf_counter()
     # Another plan's checkpoints, or another base's, are not gone on from.
     checkpoints = job.output / "checkpoints" / sha256(json.dumps(planned).encode()).hexdigest()[:12]
-    trained, losses = train_ip_adapter(variant, base, encoder, pairs, rounds(job.recipe), folder=checkpoints)
+    rounds = list(job.recipe.adapter_rounds.values())
+    trained, losses = train_ip_adapter(variant, base, encoder, pairs, rounds, folder=checkpoints)
     weights.save(trained.state(), job.output / variant / weights.FILE)
     return {
         "parameters": sum(parameter.numel() for parameter in trained.trained.parameters()),

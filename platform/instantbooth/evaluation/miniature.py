@@ -197,7 +197,6 @@ def examine(exam: Examination) -> tuple[dict[str, float], list[Image.Image]]:
 def choose_scales(
     exam: Examination,
     *,
-    grid: Mapping[str, Sequence[float]] = SCALES,
     prompt_accuracy_floor: float = 0.84,
     report: Callable[[dict[str, float]], None] = lambda row: None,
 ) -> dict[str, float]:
@@ -225,8 +224,8 @@ def choose_scales(
             return max(rows, key=lambda row: row["prompt_accuracy"])
         return max(kept, key=lambda row: (row["identification_top1"], row["identity_similarity"]))
 
-    chosen = tried({name: getattr(exam.booth.defaults, name) for name in grid})
-    for name, values in grid.items():
-        scales = {each: chosen[each] for each in grid}
+    chosen = tried({name: getattr(exam.booth.defaults, name) for name in SCALES})
+    for name, values in SCALES.items():
+        scales = {each: chosen[each] for each in SCALES}
         chosen = best([chosen, *(tried(scales | {name: value}) for value in values if value != chosen[name])])
     return chosen

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,12 @@ class Recipe:
     """Sampling parameters; α, β and guidance are chosen on validation identities at the end, starting at these."""
     validation_subjects: int = 50
     """Identities, with four prompts each, on which the scales are chosen."""
+
+    @property
+    def adapter_rounds(self) -> dict[str, AdapterTrainingConfig]:
+        """The adapters' trainings, in their order, by stage."""
+        rounds = {"adapters": self.adapters, "adapter_refinement": self.adapter_refinement}
+        return {name: config for name, config in rounds.items() if config is not None}
 
 
 GPU = Recipe(
@@ -319,23 +325,16 @@ def _save_base(
 
 
 def _build_adapters(shop: Workshop) -> dict[str, float]:
-    booth, losses = _first_adapters(shop)
-    booth.save_weights(shop.models / "adapters")
-    return _last_loss(losses)
+    return _train_adapters(shop, ["adapters"])
 
 
 def _refine_adapters(shop: Workshop) -> dict[str, float]:
-    config = shop.recipe.adapter_refinement
-    if config is None:
-        return {}
-    booth, _ = _first_adapters(shop)
-    losses = _fit(shop, booth, config, "adapter_refinement")
-    booth.save_weights(shop.models / "adapters")
-    return _last_loss(losses)
+    rounds = list(shop.recipe.adapter_rounds)
+    return _train_adapters(shop, rounds) if len(rounds) > 1 else {}
 
 
-def _first_adapters(shop: Workshop) -> tuple[Personalizer, list[float]]:
-    """Trained, or read from the checkpoint at its end."""
+def _train_adapters(shop: Workshop, rounds: Sequence[str]) -> dict[str, float]:
+    """These rounds, one after the other; what is trained already is read from the checkpoint at its end."""
     preset = miniature_preset(shop.models)
     booth = Personalizer.untrained(
         preset.base,
@@ -344,13 +343,13 @@ def _first_adapters(shop: Workshop) -> tuple[Personalizer, list[float]]:
         defaults=shop.recipe.defaults,
         device=shop.device,
     )
-    return booth, _fit(shop, booth, shop.recipe.adapters, "adapters")
-
-
-def _fit(shop: Workshop, booth: Personalizer, config: AdapterTrainingConfig, name: str) -> list[float]:
     corpus = shop.adapter_corpus()
-    pairs = Pairs(corpus, shop.latents(corpus))
-    return train_adapters(AdapterObjective(booth, config), pairs, name=name, folder=shop.checkpoints)
+    pairs, losses = Pairs(corpus, shop.latents(corpus)), []
+    for name in rounds:
+        objective = AdapterObjective(booth, shop.recipe.adapter_rounds[name])
+        losses = train_adapters(objective, pairs, name=name, folder=shop.checkpoints)
+    booth.save_weights(shop.models / "adapters")
+    return _last_loss(losses)
 
 
 def _last_loss(losses: list[float]) -> dict[str, float]:
