@@ -248,6 +248,16 @@ def test_adapters_sit_in_every_transformer_block_and_come_out_again(tiny: Path) 
     assert len(attach(unet, 32)) == 4
 
 
+def test_an_untrained_adapter_attends_as_the_self_attention_before_it(tiny: Path) -> None:
+    unet = Personalizer.untrained(tiny / "base", image_encoder=tiny / "clip", device="cpu").base.unet
+    block = unet.mid_block.attentions[0].transformer_blocks[0]
+    y, nothing, scale = torch.randn(2, 16, block.norm1.normalized_shape[0]), torch.empty(2, 0, 32), torch.ones(2, 1, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(block.fuser.equation(y, nothing, scale), y)
+        block.fuser.gate.fill_(100.0)
+        torch.testing.assert_close(block.fuser.equation(y, nothing, scale) - y, block.attn1(block.norm1(y)))
+
+
 def test_training_and_inference_agree_on_the_adapter(booth: Personalizer, concepts: list[Concept]) -> None:
     cached = batch_references([concept_keys_values(booth.trained.adapters, concepts[0])] * 2, torch.ones(2))
     features = References(scale=torch.ones(2, 1, 1), patch_features=concepts[0].patch_features.expand(2, -1, -1))

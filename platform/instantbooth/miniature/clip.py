@@ -19,9 +19,11 @@ from instantbooth.miniature.vocabulary import MAX_LENGTH
 from instantbooth.training.loop import LoopConfig, train
 
 TRAINING = LoopConfig(
-    steps=1000, learning_rate=1e-3, warmup_steps=100, decay_steps=400, weight_decay=0.05, batch_size=96
+    steps=2200, learning_rate=1e-3, warmup_steps=100, decay_steps=900, weight_decay=0.05, ema_decay=0.995, batch_size=96
 )
 MAX_LOGIT_SCALE = math.log(100)
+CROPS_TEMPERATURE = 0.05
+"""Of the loss between two crops of a subject: low, so that subjects that look alike count most."""
 DETAIL_PROBABILITY = 0.5
 """How often a scene's caption also describes the identity."""
 
@@ -58,10 +60,11 @@ def new_image_processor() -> CLIPImageProcessorPil:
 def train_clip(
     corpus: Corpus, tokenizer: CLIPTokenizer, config: LoopConfig, *, folder: Path, device: torch.device
 ) -> CLIPModel:
-    """Contrastive training; half of each batch are full scenes, half are masked crops told by identity details.
+    """Contrastive training; a third of each batch are full scenes, the rest are masked crops told by identity details.
 
     The crops make the image features hold details that words name (round glasses, purple hair), which is what the
-    concept and patch encoders read from them.
+    concept and patch encoders read from them. What no word tells, two random crops of one subject teach: each is to
+    be nearest to the other (SLIP, arXiv 2112.12750; here in CLIP's own embedding, without a head of its own).
     """
     model = new_clip(tokenizer).to(device)
     if device.type == "cpu":
@@ -72,22 +75,28 @@ def train_clip(
     def draw(examples: int, generator: Generator) -> tuple[Tensor, list[str]]:
         rows = torch.randint(len(corpus), (examples,), generator=generator)
         rng = np.random.default_rng(int(torch.randint(2**31, (), generator=generator)))
-        scenes, subjects = rows[: examples // 2], rows[examples // 2 :]
-        pixels = torch.cat([to_unit(images[scenes]), subject_crops(images[subjects], masks[subjects], generator)])
+        scenes, subjects = rows[: examples // 3], rows[examples // 3 :]
+        crops = [subject_crops(images[subjects], masks[subjects], generator) for _ in range(2)]
+        pixels = torch.cat([to_unit(images[scenes]), *crops])
         captions = [scene_caption(corpus, int(row), rng) for row in scenes]
         captions += [detail_caption(corpus, int(row), rng) for row in subjects]
         return pixels, captions
 
     def loss(batch: tuple[Tensor, list[str]]) -> Tensor:
         image_embeds, text_embeds = _embed(model, tokenizer, *batch)
+        told, again = image_embeds.split([len(text_embeds), len(image_embeds) - len(text_embeds)])
         scale = model.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
-        logits = scale * image_embeds @ text_embeds.T
-        matches = torch.arange(len(logits), device=device)
-        return (F.cross_entropy(logits, matches) + F.cross_entropy(logits.T, matches)) / 2
+        return contrast(scale * told @ text_embeds.T) + contrast(told[-len(again) :] @ again.T / CROPS_TEMPERATURE)
 
     train("clip", model, draw, loss, config, folder=folder, device=device)
     model.set_attn_implementation("sdpa")
     return model
+
+
+def contrast(logits: Tensor) -> Tensor:
+    """CLIP's loss of the similarities [N, N] of N pairs: each is to be the largest of its row and of its column."""
+    matches = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, matches) + F.cross_entropy(logits.T, matches)) / 2
 
 
 def to_unit(images: Tensor) -> Tensor:
@@ -115,7 +124,7 @@ def _some_details(corpus: Corpus, row: int, rng: np.random.Generator) -> str:
 
 
 def _embed(model: CLIPModel, tokenizer: CLIPTokenizer, pixels: Tensor, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Normalised embeddings [N, 128] of pictures [N, 3, 64, 64] in 0 … 1 and of their texts."""
+    """Normalised embeddings of pictures [N, 3, 64, 64] in 0 … 1, [N, 128], and of M texts, [M, 128]."""
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
     tokens = tokenizer(list(texts), padding=True, truncation=True, max_length=MAX_LENGTH, return_tensors="pt")
     output = model(

@@ -58,6 +58,19 @@ class GatedAdapter(nn.Module):
         self.to_out = nn.Linear(heads * head_width, width)
         self.gate = nn.Parameter(torch.zeros(()))
 
+    def start_from(self, block: BasicTransformerBlock) -> None:
+        """Copies the block's own self-attention, which knows already how to read visual tokens."""
+        attention = block.attn1
+        parts = {
+            self.norm: block.norm1,
+            self.to_q: attention.to_q,
+            self.to_k: attention.to_k,
+            self.to_v: attention.to_v,
+            self.to_out: attention.to_out[0],
+        }
+        for own, model in parts.items():
+            own.load_state_dict(model.state_dict())
+
     def forward(self, hidden_states: Tensor, references: References) -> Tensor:
         """y [rows, tokens, width] → y + β · tanh(γ) · S([y, f_p]) in the rows that `references` covers."""
         covered = references.scale.shape[0]
@@ -120,18 +133,23 @@ class _PassReferences(nn.Module):
 
 
 def attach(unet: UNet2DConditionModel, feature_width: int) -> nn.ModuleDict:
-    """Sets an untrained adapter into every transformer block of `unet` and returns them by layer name."""
+    """Sets an untrained adapter into every transformer block of `unet` and returns them by layer name.
+
+    Each begins as its block's self-attention, behind a closed gate.
+    """
     adapters = nn.ModuleDict()
     for name, block in _transformer_blocks(unet).items():
         layer = name.replace(".", "/")
         attention = block.attn1
-        adapters[layer] = block.fuser = GatedAdapter(
+        adapter = GatedAdapter(
             layer=layer,
             width=attention.to_q.in_features,
             feature_width=feature_width,
             heads=attention.heads,
             head_width=attention.to_q.out_features // attention.heads,
         ).to(device=attention.to_q.weight.device, dtype=attention.to_q.weight.dtype)
+        adapter.start_from(block)
+        adapters[layer] = block.fuser = adapter
     unet.position_net = _PassReferences()
     return adapters
 
