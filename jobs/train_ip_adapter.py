@@ -39,7 +39,7 @@ class IPAdapterJob:
     models: Path | None = None
     """A miniature built elsewhere (its base/ and clip/); the shipped one if not given."""
     recipe: RecipeOption = RECIPES["gpu"]
-    """Its pairs and its rounds of adapters: InstantBooth's own budget."""
+    """Its pairs and its training of the adapters: InstantBooth's own budget."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
     def __post_init__(self) -> None:
@@ -74,7 +74,7 @@ def plan(job: IPAdapterJob, models: Path, variant: str) -> dict[str, Any]:
         "variant": variant,
         MODELS: trained_for(models / "base", models / "clip"),
         "pictures": job.recipe.adapter_pictures,
-        "rounds": [asdict(each) for each in job.recipe.adapter_rounds.values()],
+        "training": asdict(job.recipe.adapters),
     }
     found: dict[str, Any] = json.loads(json.dumps(planned))
     return found
@@ -101,8 +101,7 @@ def _train(job: IPAdapterJob, models: Path, corpus: Corpus, variant: str, planne
     started = time.perf_counter()
     # Another plan's checkpoints, or another base's, are not gone on from.
     checkpoints = job.output / "checkpoints" / sha256(json.dumps(planned).encode()).hexdigest()[:12]
-    rounds = list(job.recipe.adapter_rounds.values())
-    trained, losses = train_ip_adapter(variant, base, encoder, pairs, rounds, folder=checkpoints)
+    trained, losses = train_ip_adapter(variant, base, encoder, pairs, job.recipe.adapters, folder=checkpoints)
     weights.save(trained.state(), job.output / variant / weights.FILE)
     return {
         "parameters": sum(parameter.numel() for parameter in trained.trained.parameters()),

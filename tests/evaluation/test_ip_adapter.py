@@ -166,17 +166,15 @@ def test_an_adapter_of_another_base_is_refused_and_one_without_a_record_is_not(t
         check_origin(file, tiny / "base", tiny / "clip")
 
 
-def test_it_is_trained_for_all_of_instantbooths_rounds_and_what_is_there_is_of_the_same(tmp_path: Path) -> None:
+def test_it_is_trained_as_instantbooth_is_and_what_is_there_is_of_the_same(tmp_path: Path) -> None:
     job = IPAdapterJob(output=tmp_path, recipe=RECIPES["gpu"])
     planned = plan(job, miniature_folder(), "plus")
-    adapters, refinement = RECIPES["gpu"].adapters, RECIPES["gpu"].adapter_refinement
-    assert planned["rounds"] == [asdict(adapters), asdict(refinement)]
-    assert len(plan(replace(job, recipe=RECIPES["cpu"]), miniature_folder(), "plus")["rounds"]) == 1
+    assert planned["training"] == asdict(RECIPES["gpu"].adapters)
     (tmp_path / "plus").mkdir()
     (tmp_path / "plus" / RECORD).write_text(json.dumps(planned | {"loss": 0.1}))
     check_record(tmp_path / "plus" / RECORD, planned)
-    with pytest.raises(ParameterError, match=r"with rounds .*; repeat its options, or name another --output"):
-        run(replace(job, recipe=RECIPES["cpu"]))
+    with pytest.raises(ParameterError, match=r"with training .*; repeat its options, or name another --output"):
+        run(replace(job, recipe=replace(job.recipe, adapters=AdapterTrainingConfig())))
     changed = planned[MODELS] | {"unet": "another"}
     with pytest.raises(ParameterError, match="with models"):
         check_record(tmp_path / "plus" / RECORD, planned | {MODELS: changed})
@@ -189,24 +187,22 @@ def elsewhere() -> Iterator[ProcessPoolExecutor]:
         yield pool
 
 
-def train_miniature(folder: Path, *rounds: int) -> tuple[int, str]:
-    """Rounds of steps on four rendered pictures: how many losses there are, and what was learned."""
+def train_miniature(folder: Path, steps: int) -> tuple[int, str]:
+    """Steps on four rendered pictures: how many losses there are, and what was learned."""
     corpus = four_pictures(Scene())
     models = miniature_folder()
     base = BaseModel.load(str(models / "base"), device=CPU, dtype=torch.float32)
     encoder = ImageEncoder(models / "clip", patch_layer=weights.PLUS_LAYER, device=CPU, dtype=torch.float32)
     pairs = Pairs(corpus, torch.randn(4, 8, 16, 16, generator=torch.Generator().manual_seed(0)))
-    configs = [AdapterTrainingConfig(steps=steps, batch_size=2, seed=seed) for seed, steps in enumerate(rounds)]
-    trained, losses = train_ip_adapter("global", base, encoder, pairs, configs, folder=folder)
+    config = AdapterTrainingConfig(steps=steps, batch_size=2)
+    trained, losses = train_ip_adapter("global", base, encoder, pairs, config, folder=folder)
     return len(losses), tensors_digest(trained.state()["ip_adapter"])
 
 
 def test_a_training_that_is_started_again_ends_with_the_same_weights(
     tmp_path: Path, elsewhere: ProcessPoolExecutor
 ) -> None:
-    in_peace = elsewhere.submit(train_miniature, tmp_path / "in peace", 2, 2).result()
+    in_peace = elsewhere.submit(train_miniature, tmp_path / "in peace", 4).result()
     assert in_peace[0] == 4
-    first_round = elsewhere.submit(train_miniature, tmp_path / "stopped", 2).result()
-    assert first_round[1] != in_peace[1]
-    assert elsewhere.submit(train_miniature, tmp_path / "stopped", 2, 2).result() == in_peace
-    assert elsewhere.submit(train_miniature, tmp_path / "in peace", 2, 2).result() == in_peace
+    assert elsewhere.submit(train_miniature, tmp_path / "shorter", 2).result()[1] != in_peace[1]
+    assert elsewhere.submit(train_miniature, tmp_path / "in peace", 4).result() == in_peace

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,31 +21,27 @@ def train_ip_adapter(
     base: BaseModel,
     image_encoder: ImageEncoder,
     pairs: Pairs,
-    rounds: Sequence[AdapterTrainingConfig],
+    config: AdapterTrainingConfig,
     *,
     folder: Path,
 ) -> tuple[IPAdapterObjective, list[float]]:
     """Trains, or resumes from `folder`; the adapter is built into the base's U-Net.
 
-    Each round goes on from the averaged weights of the one before, with a fresh optimizer. Returns the objective, which
-    holds the averaged weights, and the loss of every step of all rounds.
+    Returns the objective, which holds the averaged weights, and the loss of every step.
     """
-    objective = IPAdapterObjective(base, image_encoder, variant, rounds[0])
+    objective = IPAdapterObjective(base, image_encoder, variant, config)
     ids = [tokenize(base.tokenizer, caption) for caption in pairs.corpus.captions]
 
     def draw_batch(examples: int, generator: Generator) -> tuple[dict[str, Tensor], Draws]:
         rows, batch = pairs.draw(examples, generator)
         batch |= {"input_ids": torch.tensor([ids[row] for row in rows])}
-        return batch, draw(base, objective.config, examples, generator)
+        return batch, draw(base, config, examples, generator)
 
     def loss(drawn: tuple[dict[str, Tensor], Draws]) -> Tensor:
         value: Tensor = objective(*drawn)
         return value
 
-    losses: list[float] = []
-    for number, config in enumerate(rounds, start=1):
-        objective.config = config
-        name = f"ip-adapter-{variant}-{number}"
-        losses += train(name, objective, draw_batch, loss, loop_of(config), folder=folder, device=base.device)
+    name = f"ip-adapter-{variant}"
+    losses = train(name, objective, draw_batch, loss, loop_of(config), folder=folder, device=base.device)
     objective.trained.requires_grad_(False)
     return objective, losses

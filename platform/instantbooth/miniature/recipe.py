@@ -1,6 +1,6 @@
 """The miniature world from nothing: every model in it, stage by stage, each checkpointed and resumed.
 
-corpora → vae → segmenter, clip, judges → diffusion → refinement → adapters → adapter_refinement → decoder → scales
+corpora → vae → segmenter, clip, judges → diffusion → refinement → adapters → decoder → scales
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -89,22 +89,14 @@ class Recipe:
     )
     """The base again, from its averaged weights: a fresh optimizer, and the rate falls all the way."""
     adapters: AdapterTrainingConfig = AdapterTrainingConfig(
-        steps=7500, adapter_learning_rate=1.2e-3, encoder_learning_rate=1.2e-3, background_weight=0.25
+        steps=6000, adapter_learning_rate=1.2e-3, encoder_learning_rate=1.2e-3, background_weight=0.25
     )
-    adapter_refinement: AdapterTrainingConfig | None = None
-    """The adapters again, from their averaged weights: a fresh optimizer, other random numbers. None leaves them."""
     defaults: GenerationDefaults = GenerationDefaults(
         adapter_scale=1.0, concept_scale=1.0, guidance_scale=2.0, num_inference_steps=25
     )
     """Sampling parameters; α, β and guidance are chosen on validation identities at the end, starting at these."""
     validation_subjects: int = 50
     """Identities, with four prompts each, on which the scales are chosen."""
-
-    @property
-    def adapter_rounds(self) -> dict[str, AdapterTrainingConfig]:
-        """The adapters' trainings, in their order, by stage."""
-        rounds = {"adapters": self.adapters, "adapter_refinement": self.adapter_refinement}
-        return {name: config for name, config in rounds.items() if config is not None}
 
 
 GPU = Recipe(
@@ -114,10 +106,9 @@ GPU = Recipe(
     ),
     diffusion=LoopConfig(steps=1000, learning_rate=1.2e-3, warmup_steps=200, ema_decay=0.998, batch_size=768),
     refinement=LoopConfig(steps=4250, learning_rate=1.2e-3, decay_steps=3187, ema_decay=0.998, batch_size=768, seed=1),
-    adapter_refinement=replace(Recipe().adapters, seed=1),
+    adapters=replace(Recipe().adapters, steps=7500),
 )
-"""A base that has seen nine times as much, in ten minutes of a GPU, and adapters trained twice as long. It made the
-shipped weights."""
+"""A base that has seen nine times as much, in ten minutes of a GPU. It made the shipped weights."""
 RECIPES = {"cpu": Recipe(), "gpu": GPU}
 
 Stage = Callable[["Workshop"], dict[str, float]]
@@ -325,16 +316,6 @@ def _save_base(
 
 
 def _build_adapters(shop: Workshop) -> dict[str, float]:
-    return _train_adapters(shop, ["adapters"])
-
-
-def _refine_adapters(shop: Workshop) -> dict[str, float]:
-    rounds = list(shop.recipe.adapter_rounds)
-    return _train_adapters(shop, rounds) if len(rounds) > 1 else {}
-
-
-def _train_adapters(shop: Workshop, rounds: Sequence[str]) -> dict[str, float]:
-    """These rounds, one after the other; what is trained already is read from the checkpoint at its end."""
     preset = miniature_preset(shop.models)
     booth = Personalizer.untrained(
         preset.base,
@@ -344,10 +325,8 @@ def _train_adapters(shop: Workshop, rounds: Sequence[str]) -> dict[str, float]:
         device=shop.device,
     )
     corpus = shop.adapter_corpus()
-    pairs, losses = Pairs(corpus, shop.latents(corpus)), []
-    for name in rounds:
-        objective = AdapterObjective(booth, shop.recipe.adapter_rounds[name])
-        losses = train_adapters(objective, pairs, name=name, folder=shop.checkpoints)
+    objective = AdapterObjective(booth, shop.recipe.adapters)
+    losses = train_adapters(objective, Pairs(corpus, shop.latents(corpus)), folder=shop.checkpoints)
     booth.save_weights(shop.models / "adapters")
     return _last_loss(losses)
 
@@ -397,7 +376,6 @@ STAGES: dict[str, Stage] = {
     "diffusion": _build_diffusion,
     "refinement": _refine_diffusion,
     "adapters": _build_adapters,
-    "adapter_refinement": _refine_adapters,
     "decoder": _refine_decoder,
     "scales": _choose_scales,
 }
@@ -406,9 +384,8 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "diffusion": ("vae",),
     "refinement": ("diffusion",),
     "adapters": ("clip", "refinement"),
-    "adapter_refinement": ("adapters",),
     "decoder": ("vae",),
-    "scales": ("judges", "adapter_refinement", "decoder"),
+    "scales": ("judges", "adapters", "decoder"),
 }
 """The stages whose results a stage starts from; the others start from renders alone."""
 
@@ -421,7 +398,6 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "diffusion": ("diffusion",),
     "refinement": ("later_pictures", "refinement"),
     "adapters": ("adapter_pictures", "adapters"),
-    "adapter_refinement": ("adapter_refinement",),
     "decoder": ("decoder",),
     "scales": ("defaults", "validation_subjects"),
 }
@@ -433,13 +409,11 @@ def train_adapters(
     pairs: Pairs,
     *,
     folder: Path,
-    name: str = "adapters",
     multiples: Mapping[nn.Parameter, float] | None = None,
 ) -> list[float]:
     """The method's training on one machine, from rendered pairs; leaves the averaged weights.
 
-    `name` is the checkpoint's in `folder`. `multiples` are of the learning rate, for parameters with another one.
-    Returns the loss of every step.
+    `multiples` are of the learning rate, for parameters with another one. Returns the loss of every step.
     """
     booth, config, corpus = objective.booth, objective.config, pairs.corpus
     captions = zip(corpus.captions, corpus.nouns, strict=True)
@@ -463,7 +437,7 @@ def train_adapters(
         return value
 
     losses = train(
-        name,
+        "adapters",
         objective,
         draw_batch,
         loss,
