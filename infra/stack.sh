@@ -92,13 +92,14 @@ list(write_pairs(open_store(f"s3://{sys.argv[1]}"), "pairs", 96))
 PYTHON
 }
 
-up
 case "${1:-up}" in
     up)
+        up
         echo "Ray http://127.0.0.1:$RAY_DASHBOARD_PORT   MLflow $TRACKING   s3://$BUCKET   (Ctrl-C ends it)"
         wait
         ;;
     test)
+        up
         pairs
         job jobs.ingest --source "s3://$BUCKET/pairs" --output "s3://$BUCKET/curated" --base miniature \
             --validation 0.1

@@ -77,7 +77,6 @@ PRESETS = {
 class TrainReport:
     """What a training run left."""
 
-    run_name: str
     run_id: str
     """MLflow's; empty where it could not be had."""
     weights: str
@@ -116,9 +115,7 @@ def train(config: TrainConfig) -> TrainReport:
         step, files = _weights_of(config)
         folder = _write_weights(config, files)
         run_id, version = tracking.register(step, files, folder)
-    return TrainReport(
-        run_name=config.run.rpartition("/")[2], run_id=run_id, weights=version, folder=folder, steps=step
-    )
+    return TrainReport(run_id=run_id, weights=version, folder=folder, steps=step)
 
 
 def _check_shards(config: TrainConfig, shards: Shards) -> None:

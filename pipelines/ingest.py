@@ -30,6 +30,7 @@ import torch
 from transformers import CLIPTokenizer
 
 from instantbooth.errors import MissingObjectError, ParameterError, StorageError
+from instantbooth.ledger import digest_of
 from instantbooth.model.base import check_layout, load_tokenizer, locate
 from instantbooth.model.weights import folder_digest
 from instantbooth.presets import preset
@@ -42,7 +43,7 @@ from pipelines.curation.precompute import Precomputed, Precomputer
 from pipelines.curation.report import IngestReport, report_page, summarize
 from pipelines.curation.segment import SubjectFinder, load_model
 from pipelines.curation.shards import ENTRY, Draft, load_draft, stage, staged_key, unit_key, write_draft
-from pipelines.curation.sources import MAX_SLICE_BYTES, Columns, Unit, digest_of, plan, read_slices
+from pipelines.curation.sources import MAX_SLICE_BYTES, Columns, Unit, plan, read_slices
 from pipelines.curation.steps import Rules, decode, judge_mask, name_subject
 
 MANIFEST = "manifest.json"

@@ -84,7 +84,7 @@ class ModelConfig:
             return SubjectEncoder.from_pretrained(self.base, weights=weights, **self._placed(device, precision))
 
     def untrained(self, *, device: str) -> Personalizer:
-        """The base with closed gates and layers drawn from torch's generator, where training starts anew."""
+        """The base with closed gates, and encoders drawn from torch's generator: where training starts anew."""
         return Personalizer.untrained(self.base, image_encoder=self.image_encoder, device=device)
 
     def _placed(self, device: str, precision: Precision) -> dict[str, Any]:

@@ -24,7 +24,7 @@ import ray.data
 
 from instantbooth.errors import InstantBoothError, ManifestError, ParameterError
 from instantbooth.images import OUTPUT_FORMATS
-from instantbooth.ledger import Ledger, work_id
+from instantbooth.ledger import Ledger, digest_of
 from instantbooth.manifest import ManifestRow, PromptSets, read_prompt_sets, scan_manifest
 from instantbooth.model.loading import Precision
 from instantbooth.storage import absolute_uri, open_store, open_uri, patiently, read_uri
@@ -197,7 +197,7 @@ def personalize(
     config = replace(config, model=config.model.pinned())
     model = replace(config.model.identity(), image_format=config.image_format, precision=config.precision)
     manifest = Manifest(config)
-    job = work_id("job", manifest.digest(), vars(model))
+    job = digest_of("job", manifest.digest(), vars(model))
     earlier = earlier_report(store)
     if earlier is not None and earlier.job == job:
         return earlier
@@ -238,7 +238,7 @@ class Manifest:
     def digest(self) -> str:
         """Of the manifest's bytes and the prompt sets."""
         with open_uri(self.uri) as file:
-            return work_id(file_digest(file, "sha256").hexdigest(), dict(self._sets or {}))
+            return digest_of(file_digest(file, "sha256").hexdigest(), dict(self._sets or {}))
 
     def scan(self) -> Iterator[tuple[ManifestRow | None, list[str]]]:
         """Each row, or its faults."""

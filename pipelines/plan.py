@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from instantbooth.ledger import work_id
+from instantbooth.ledger import digest_of
 from instantbooth.manifest import ManifestRow
 from instantbooth.model.loading import Precision
 
@@ -55,9 +55,6 @@ class Piece:
     key: str
     """Where the picture is stored, below the output."""
     prompt: str
-    prompt_index: int
-    number: int
-    """Which of the prompt's pictures, from 0."""
     seed: int
 
 
@@ -73,7 +70,7 @@ def pieces(row: ManifestRow, model: ModelIdentity) -> list[Piece]:
 def concept_key(row: ManifestRow, model: ModelIdentity) -> str:
     """Where the row's concept is stored; rows with the same pictures of one subject share it."""
     encoders = (model.base, model.image_encoder, model.weights, model.patch_layer, model.segmenter, model.precision)
-    subject = work_id("concept", *_subject(row), *encoders)
+    subject = digest_of("concept", *_subject(row), *encoders)
     return f"{CONCEPTS}/{subject}.safetensors"
 
 
@@ -81,7 +78,7 @@ class Settled:
     """Works that have a record, in 16 bytes each."""
 
     def __init__(self, works: Iterable[str]) -> None:
-        """`works` are ids as `work_id` makes them; anything else is left out."""
+        """`works` are ids as `digest_of` makes them; anything else is left out."""
         known = bytearray()
         for work in works:
             if WORK_ID.fullmatch(work):
@@ -125,13 +122,11 @@ def unpacked(chunk: bytes) -> Iterator[Task]:
 def _piece(row: ManifestRow, model: ModelIdentity, prompt: str, index: int, number: int) -> Piece:
     settings = {name: getattr(row, name) for name in SETTINGS}
     seed = _seed(row, prompt, number)
-    work = work_id(row.id, _subject(row), prompt, settings, row.size, seed, row.attempt, vars(model))
+    work = digest_of(row.id, _subject(row), prompt, settings, row.size, seed, row.attempt, vars(model))
     return Piece(
         work=work,
         key=f"{IMAGES}/{row.id}/{index:03d}-{number:02d}-{work[:8]}.{model.image_format}",
         prompt=prompt,
-        prompt_index=index,
-        number=number,
         seed=seed,
     )
 

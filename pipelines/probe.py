@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -52,10 +51,3 @@ def judged(booth: Personalizer, judges: Path, identities: int) -> dict[str, floa
         "validation/identity_similarity": exam.similarity(pictures),
         "validation/prompt_accuracy": exam.prompt_accuracy(pictures),
     }
-
-
-def png_of(image: Image.Image) -> bytes:
-    """As a PNG."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()

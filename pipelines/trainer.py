@@ -31,7 +31,8 @@ from torch import Tensor
 from instantbooth import Personalizer
 from instantbooth.errors import InstantBoothError, ParameterError, StorageError, TrainingError
 from instantbooth.evaluation.miniature import judges_of
-from instantbooth.images import Augmentation
+from instantbooth.images import Augmentation, encode_png
+from instantbooth.ledger import digest_of
 from instantbooth.model.base import PARTS, locate
 from instantbooth.model.weights import folder_digest
 from instantbooth.presets import model_parts
@@ -42,11 +43,10 @@ from instantbooth.training.checkpoints import Checkpoints, Saver, log_bytes
 from instantbooth.training.flops import seconds_at_peak
 from instantbooth.training.session import ComputeConfig, Outcome, TrainingSession
 from pipelines.curation.shards import VALIDATION
-from pipelines.curation.sources import digest_of
 from pipelines.feed import Shards, TrainingFeed, first_examples, rows_per_task, sample_name
 from pipelines.model import ModelConfig
 from pipelines.pace import Pace
-from pipelines.probe import judged, png_of, validation_pictures
+from pipelines.probe import judged, validation_pictures
 
 LOG = "log/"
 PICTURES = "pictures"
@@ -87,7 +87,7 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     """Base model, weights to start from, and MLflow."""
     fresh: bool = False
-    """Start with closed gates and random layers, whatever weights the preset has."""
+    """Start with closed gates and adapters that only copy the base, whatever weights the preset has."""
     workers: int = 2
     """Training processes; each takes batch_size / workers examples of a step."""
     gpus_per_worker: int = 0
@@ -357,7 +357,7 @@ class Worker:
             if settings.identities and (judges := judges_of(self.config.model.base)):
                 metrics |= judged(booth, judges, settings.identities)
         if sheet:
-            key, data = f"{PICTURES}/{self.session.step:09d}.png", png_of(sheet)
+            key, data = f"{PICTURES}/{self.session.step:09d}.png", encode_png(sheet)
             patiently(partial(self.store.put, key, data))
             delivery.keep(key, data)
         return metrics

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import logging
 import time
 from collections.abc import AsyncIterator
@@ -17,7 +16,7 @@ from PIL import Image
 from instantbooth import Concept
 from instantbooth.engine import Engine, EngineConfig, Progress, Ticket
 from instantbooth.errors import EngineError
-from instantbooth.images import encode_png
+from instantbooth.images import encode_image
 from instantbooth.model.personalizer import Request
 from instantbooth.storage import open_store
 from serve.cache import ConceptCache
@@ -171,12 +170,8 @@ class DiffusionEngine:
         )
 
     def _warm_up(self) -> None:
-        settings = dict.fromkeys(
-            ("guidance_scale", "negative_prompt", "adapter_scale", "concept_scale", "sampler"), None
-        )
-        request = self.booth.requests(
-            "{subject}", warm_up(self.booth.subject_encoder), seed=0, num_inference_steps=2, **settings
-        )[0]
+        concept = warm_up(self.booth.subject_encoder)
+        [request] = self.booth.requests("{subject}", concept, num_inference_steps=2)
         self.engine.submit(request).result()
 
     def _sweep(self, every_s: float) -> None:
@@ -247,11 +242,7 @@ class _Line:
         )
 
     def _encode(self, picture: Image.Image, text: dict[str, str] | None = None) -> bytes:
-        if self._work.output_format == "png":
-            return encode_png(picture, text or {})
-        buffer = io.BytesIO()
-        picture.save(buffer, self._work.output_format, quality=self._work.quality)
-        return buffer.getvalue()
+        return encode_image(picture, text or {}, image_format=self._work.output_format, quality=self._work.quality)
 
     def _report(self, index: int, progress: Progress) -> None:
         self._first_step.setdefault(index, time.monotonic())

@@ -44,8 +44,8 @@ def _row(name: str, seed: int) -> dict[str, object]:
     image, mask = portrait(seed)
     return {
         "id": sha256(name.encode()).hexdigest(),
-        "image": encode_png(image, {}),
-        "mask": encode_png(mask, {}),
+        "image": encode_png(image),
+        "mask": encode_png(mask),
         "caption": "a photo of a {subject} at the beach",
         "noun": "cat",
         "subject": "cat",

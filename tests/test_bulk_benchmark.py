@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from instantbooth import Personalizer
 from instantbooth.errors import ParameterError
-from instantbooth.ledger import Ledger, work_id
+from instantbooth.ledger import Ledger, digest_of
 from instantbooth.miniature.samples import write_manifest
 from instantbooth.model.denoise import denoise
 from instantbooth.presets import miniature_folder
@@ -21,7 +21,7 @@ from instantbooth.storage import FileStore
 from jobs.benchmarks.bulk import GENERATORS, BulkBenchmark, measure, untrained_model
 from jobs.benchmarks.bulk_rivals import steady_rate
 from jobs.benchmarks.encode_once import savings, write_comparison
-from jobs.benchmarks.peak import H100_TFLOPS, ONE_STEP, share_of_peak, unet_tflop
+from jobs.benchmarks.peak import H100_TFLOPS, share_of_peak, unet_tflop
 from pipelines.personalize import load_manifest
 from pipelines.plan import ModelIdentity, concept_key
 from tests.tiny import portrait
@@ -72,7 +72,7 @@ def test_savings_are_what_records_say(tmp_path: Path) -> None:
         for number in range(pictures):
             seconds = {"encode": encode_s / pictures, "denoise": 1.0}
             key = f"images/{row_id}/{number}.png"
-            ledger.succeed(work_id(row_id, number), key, b"pixels", {"seconds": seconds})
+            ledger.succeed(digest_of(row_id, number), key, b"pixels", {"seconds": seconds})
 
     record("warm-up", 1, 100.0)
     for count in (1, 4, 16):
@@ -106,7 +106,7 @@ class Products(TorchFunctionMode):
 def test_the_unets_arithmetic_is_that_of_its_layers_and_attention(booth: Personalizer) -> None:
     image, mask = portrait(0)
     concept = booth.encode([image], "person", [mask])
-    [row] = booth.rows(booth.requests("a photo of a {subject}", concept, seed=0, **ONE_STEP))
+    [row] = booth.rows(booth.requests("a photo of a {subject}", concept, num_inference_steps=1))
     row.keys_values = booth.keys_values(concept)
     with Products() as products:
         list(denoise(booth.base.unet, [row]))

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
 from instantbooth.errors import ConditionalWriteError, MissingObjectError, StorageError, TransientStorageError
-from instantbooth.ledger import RECORDS, Ledger, Record, work_id
+from instantbooth.ledger import RECORDS, Ledger, Record, digest_of
 from instantbooth.storage import FileStore
 from tests.broken_ledgers import ListsInsteadOfReading, RetryIsALoss, Unconditional
 
@@ -95,7 +95,7 @@ class Attempts(RuleBasedStateMachine):
         number = self.attempts
 
         def attempt() -> None:
-            work = work_id("item", item)
+            work = digest_of("item", item)
             if self.ledger.find(work) is not None:
                 return
             if works:
@@ -137,7 +137,7 @@ def check(store: Memory, answers: list[tuple[str, Record | None]]) -> None:
     """Every item has one record, nothing was replaced, results are what records say, and nobody was told otherwise."""
     assert not store.replaced
     records = {key: Record.from_bytes(data) for key, data in store.objects.items() if key.startswith(f"{RECORDS}/")}
-    assert {record.work for record in records.values()} == {work_id("item", item) for item in range(ITEMS)}
+    assert {record.work for record in records.values()} == {digest_of("item", item) for item in range(ITEMS)}
     assert len(records) == ITEMS
     for record in records.values():
         if record.status == "succeeded":
@@ -202,7 +202,7 @@ def test_a_store_without_conditional_writes_is_found_out(tmp_path: Path) -> None
 
 def test_records_come_back_in_order_and_open_work_is_none(tmp_path: Path) -> None:
     ledger = Ledger(FileStore(tmp_path), pause_s=0)
-    works = [work_id("row", number) for number in range(20)]
+    works = [digest_of("row", number) for number in range(20)]
     for number, work in enumerate(works[:15]):
         if number % 3:
             ledger.succeed(work, f"images/{number}.png", b"pixels", {"number": number})

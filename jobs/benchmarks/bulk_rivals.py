@@ -18,7 +18,6 @@ from instantbooth.engine import Engine, EngineConfig
 from instantbooth.images import decode_image, encode_png
 from instantbooth.manifest import ManifestRow
 from instantbooth.storage import read_uri
-from pipelines.plan import SETTINGS
 
 
 def loop_rate(booth: Personalizer, rows: Sequence[ManifestRow], folder: Path) -> float:
@@ -28,7 +27,7 @@ def loop_rate(booth: Personalizer, rows: Sequence[ManifestRow], folder: Path) ->
     for row in rows:
         concept = encode(booth, row)
         for number, picture in enumerate(booth.generate(list(row.prompts), concept, seed=row.seed or 0)):
-            (folder / f"{row.id}-{number}.png").write_bytes(encode_png(picture, {}))
+            (folder / f"{row.id}-{number}.png").write_bytes(encode_png(picture))
     return sum(len(row.prompts) for row in rows) / (time.perf_counter() - started)
 
 
@@ -78,11 +77,7 @@ def _engine_times(
     booth = load()
     if booth.base.device.type == "cpu":
         torch.set_num_threads(1)
-    requests = [
-        request
-        for prompts, concept in work
-        for request in booth.requests(prompts, concept, seed=0, **dict.fromkeys(SETTINGS))
-    ]
+    requests = [request for prompts, concept in work for request in booth.requests(prompts, concept)]
     times: list[float] = []
     with Engine(booth, config) as engine:
         _barrier.wait()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -11,11 +9,8 @@ from instantbooth import Concept, Personalizer
 from instantbooth.config import GenerationDefaults
 from instantbooth.model.denoise import denoise
 from instantbooth.model.flops import PEAK_TFLOPS, flops_of, peak_flops
-from pipelines.plan import SETTINGS
 
 H100_TFLOPS = PEAK_TFLOPS["H100"]
-ONE_STEP: dict[str, Any] = dict.fromkeys(SETTINGS) | {"num_inference_steps": 1}
-"""Settings of a picture that takes one step, else as the weights have it."""
 
 
 def known_peak() -> float | None:
@@ -30,7 +25,7 @@ def unet_tflop(booth: Personalizer, concept: Concept) -> float:
 
     A guided picture has two rows in a step, of which the adapters work on one.
     """
-    [row] = booth.rows(booth.requests("a photo of a {subject}", concept, seed=0, **ONE_STEP))
+    [row] = booth.rows(booth.requests("a photo of a {subject}", concept, num_inference_steps=1))
     row.keys_values = booth.keys_values(concept)
     # The counter knows the products that attention is made of, not every device's kernel for the whole.
     with sdpa_kernel(SDPBackend.MATH):

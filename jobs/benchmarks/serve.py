@@ -50,8 +50,7 @@ def serve(options: cli.Flat[ServeBenchmark]) -> None:
     with endpoint(options.port, row_budget=2) as url, Engine(booth, EngineConfig(row_budget=2)) as engine:
         session = requests.Session()
         body = {"prompt": PROMPT, "concept": new_concept(url), "seed": 7, **settings}
-        names = ("negative_prompt", "adapter_scale", "concept_scale", "sampler")
-        request = booth.requests(PROMPT, concept, seed=7, **settings, **dict.fromkeys(names))[0]
+        [request] = booth.requests(PROMPT, concept, seed=7, **settings)
 
         def in_process() -> None:
             engine.submit(request).result()

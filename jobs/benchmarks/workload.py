@@ -52,7 +52,7 @@ class Workload:
 
     def _request(self, **changes: object) -> Request:
         usual: dict[str, object] = {"concept": self.concepts[1], "prompt": PROMPTS[0], "guidance_scale": 3.0, "seed": 0}
-        usual |= dict.fromkeys(("negative_prompt", "adapter_scale", "concept_scale")) | {"sampler": "ddim"} | changes
+        usual |= {"sampler": "ddim"} | changes
         return self.booth.requests(usual.pop("prompt"), usual.pop("concept"), **usual)[0]
 
     def _concept(self, number: int, references: int) -> Concept:

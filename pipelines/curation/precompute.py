@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from instantbooth.images import decode_image
+from instantbooth.ledger import digest_of
 from instantbooth.model.base import BaseModel
 from instantbooth.model.encoders import resize_to_tensor
 from instantbooth.model.weights import folder_digest
 from instantbooth.prompts import expand, tokenize_subject
 from pipelines.curation.shards import Draft
-from pipelines.curation.sources import digest_of
 
 COMPUTING = ("tokenizer", "text_encoder", "vae")
 """Parts of a base that shards are precomputed with."""

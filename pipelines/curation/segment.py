@@ -17,12 +17,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForUniversalSegmentation
 
 from instantbooth.errors import WeightsError
-from instantbooth.images import MIN_FOREGROUND, Silhouette, decode_image
+from instantbooth.images import MIN_FOREGROUND, Silhouette, decode_image, encode_png
 from instantbooth.model.base import locate
 from instantbooth.model.loading import silent_loading
 from instantbooth.model.segmentation import Segmenter, enlarged, silhouette, working_size
 from pipelines.curation.pairs import Pair, Reason, Slice
-from pipelines.curation.steps import Rules, png_of
+from pipelines.curation.steps import Rules
 
 INSTANCE_MODELS = ("detr", "eomt", "eomt_dinov3", "mask2former", "maskformer")
 """Kinds of transformers' "universal segmentation" that take pictures alone."""
@@ -65,7 +65,7 @@ class SubjectFinder:
             shares = " and ".join(f"{share:.0%}" for share, _ in sized[:2])
             return pair.dropped(Reason.SEVERAL_PICTURED, f"the largest of {len(sized)} subjects cover {shares}")
         largest = subjects[sized[0][1]]
-        return replace(pair, mask=png_of(Image.fromarray(np.where(largest, np.uint8(255), np.uint8(0)))))
+        return replace(pair, mask=encode_png(Image.fromarray(np.where(largest, np.uint8(255), np.uint8(0)))))
 
 
 class SemanticModel:

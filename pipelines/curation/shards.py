@@ -23,9 +23,9 @@ from PIL import Image
 
 from instantbooth.errors import ImageError
 from instantbooth.images import decode_image
+from instantbooth.ledger import digest_of
 from instantbooth.storage import ObjectStore, patiently
 from pipelines.curation.pairs import Pair, Slice
-from pipelines.curation.sources import digest_of
 
 TRAIN = "train"
 VALIDATION = "validation"

@@ -19,7 +19,6 @@ from __future__ import annotations
 import codecs
 import hashlib
 import itertools
-import json
 import posixpath
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +32,7 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 
 from instantbooth.errors import ParameterError, StorageError
+from instantbooth.ledger import digest_of
 from instantbooth.storage import FileStore, S3Store, check_key, check_uri, open_store, open_uri, patiently, read_uri
 from pipelines.curation.lists import Line, csv_lines, json_line, json_lines
 from pipelines.curation.pairs import MAX_FILE_BYTES, Dropped, Pair, Reason, Slice, storable
@@ -116,11 +116,6 @@ class File:
 
     key: str
     stamp: str
-
-
-def digest_of(*parts: object) -> str:
-    """128 bits of SHA-256 over JSON values, in hexadecimal."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def plan(source: str, *, lines_per_unit: int) -> list[Unit]:

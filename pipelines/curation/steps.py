@@ -16,7 +16,7 @@ from PIL import Image
 from transformers import CLIPTokenizer
 
 from instantbooth.errors import ImageError, ParameterError, PromptError
-from instantbooth.images import ImageLimits, check_mask, decode_image, mask_coverage
+from instantbooth.images import ImageLimits, check_mask, decode_image, encode_png, mask_coverage
 from instantbooth.prompts import CLASS_NOUNS, MAX_PROMPT_CHARS, SUBJECT_FIELD, expand, tokenize_subject
 from pipelines.curation.duplicates import look_of
 from pipelines.curation.pairs import Dropped, Pair, Reason
@@ -105,7 +105,7 @@ def decode(pair: Pair, *, rules: Rules) -> Pair:
         width=image.width,
         height=image.height,
         look=look_of(image.convert("RGB")),
-        mask=png_of(mask) if mask else b"",
+        mask=encode_png(mask) if mask else b"",
     )
 
 
@@ -148,13 +148,6 @@ def part_areas(mask: Image.Image) -> list[int]:
             runs.append((start, end, joined))
         above = runs
     return sorted(areas.values(), reverse=True) or [0]
-
-
-def png_of(mask: Image.Image) -> bytes:
-    """A mask as PNG."""
-    buffer = io.BytesIO()
-    mask.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def _given_mask(pair: Pair, image: Image.Image) -> Image.Image | None:

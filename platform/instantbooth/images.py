@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import cast
 
 import numpy as np
@@ -201,11 +202,13 @@ def augment(image: Image.Image, rng: np.random.Generator, *, settings: Augmentat
     return coloured.transform(image.size, Image.Transform.AFFINE, geometry, Image.Resampling.BILINEAR)
 
 
-def encode_image(image: Image.Image, metadata: Mapping[str, str], *, image_format: str = "png") -> bytes:
+def encode_image(
+    image: Image.Image, metadata: Mapping[str, str], *, image_format: str = "png", quality: int = QUALITY
+) -> bytes:
     """Bytes in one of OUTPUT_FORMATS that carry `metadata`; `read_metadata` gives it back.
 
-    A PNG holds it as text chunks, the others as a JSON object in EXIF's ImageDescription. Raises ParameterError for
-    another format.
+    A PNG holds it as text chunks, the others, of this `quality`, as a JSON object in EXIF's ImageDescription. Raises
+    ParameterError for another format.
     """
     if image_format not in OUTPUT_FORMATS:
         raise ParameterError(
@@ -216,7 +219,7 @@ def encode_image(image: Image.Image, metadata: Mapping[str, str], *, image_forma
     exif = Image.Exif()
     exif[ExifTags.Base.ImageDescription] = json.dumps(dict(metadata))
     buffer = io.BytesIO()
-    image.save(buffer, image_format.upper(), quality=QUALITY, exif=exif)
+    image.save(buffer, image_format.upper(), quality=quality, exif=exif)
     return buffer.getvalue()
 
 
@@ -232,7 +235,7 @@ def read_metadata(data: bytes, *, name: str = "image") -> dict[str, str]:
             return {str(key): str(text) for key, text in described.items()}
 
 
-def encode_png(image: Image.Image, metadata: Mapping[str, str]) -> bytes:
+def encode_png(image: Image.Image, metadata: Mapping[str, str] = MappingProxyType({})) -> bytes:
     """PNG bytes with `metadata` as text chunks (tEXt, and iTXt beyond Latin-1).
 
     Raises ParameterError for a key that is not 1 to 79 printable Latin-1 characters, or text that UTF-8 cannot hold.

@@ -152,8 +152,8 @@ class Ledger:
         return patiently(operation, pause_s=self._pause_s)
 
 
-def work_id(*parts: object) -> str:
-    """A digest of what determines a result: texts, numbers, lists and mappings of them, in their order."""
+def digest_of(*parts: object) -> str:
+    """128 bits of SHA-256 over what determines a result, JSON values in their order, in hexadecimal."""
     return sha256(json.dumps(parts, sort_keys=True, ensure_ascii=True).encode()).hexdigest()[:32]
 
 

@@ -88,7 +88,7 @@ class Tile {
   }
 
   complete(event) {
-    const { seed, parameters, concept, size, weights, timings, created_at } = event;
+    const { seed, parameters, concept, size, weights, timings } = event;
     const { prompt } = this.asked;
     const source = URL.createObjectURL(blobOf(event.b64_json, `image/${event.output_format}`));
     const alt = spoken(prompt, this.subject);
@@ -107,7 +107,6 @@ class Tile {
       size,
       weights,
       timings,
-      created_at,
     };
     this.#show(source, alt);
     this.progress.remove();

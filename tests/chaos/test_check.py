@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from instantbooth.errors import TransientStorageError
-from instantbooth.ledger import Ledger, Record, work_id
+from instantbooth.ledger import Ledger, Record, digest_of
 from instantbooth.storage import FileStore
 from tests.broken_ledgers import ListsInsteadOfReading, RetryIsALoss, Unconditional
 from tests.chaos.check import Output, differences, faults_of
@@ -120,7 +120,7 @@ def attempt_all(ledger: Ledger, store: Unlucky) -> None:
     Two workers make ada's picture, and not alike; the answer to bob's record is lost; of two workers on eve's row one
     cannot do it. All workers have found the rows open.
     """
-    ada, bob, eve = (work_id(name) for name in ("ada", "bob", "eve"))
+    ada, bob, eve = (digest_of(name) for name in ("ada", "bob", "eve"))
     store.to_lose.append(f"records/{bob[:2]}/{bob}.json")
     told = [
         ("ada", ledger.succeed(ada, "images/ada/0.png", b"ada by one", {})),

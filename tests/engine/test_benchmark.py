@@ -32,9 +32,8 @@ def requests(booth: Personalizer) -> list[Request]:
     """Five of one subject, of two to six steps."""
     image, mask = portrait(1)
     concept = booth.encode([image], "person", [mask])
-    chosen = dict.fromkeys(("negative_prompt", "adapter_scale", "concept_scale", "sampler")) | {"guidance_scale": 3.0}
     return [
-        booth.requests("a photo of a {subject}", concept, seed=steps, num_inference_steps=steps, **chosen)[0]
+        booth.requests("a photo of a {subject}", concept, seed=steps, num_inference_steps=steps, guidance_scale=3.0)[0]
         for steps in range(2, 7)
     ]
 

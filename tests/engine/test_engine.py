@@ -52,8 +52,7 @@ def engine(booth: Personalizer) -> Iterator[Engine]:
 
 
 def request(booth: Personalizer, concept: Concept, **changes: object) -> Request:
-    chosen: dict[str, object] = {"num_inference_steps": 4, "guidance_scale": 3.0, "negative_prompt": None}
-    chosen |= {"adapter_scale": None, "concept_scale": None, "sampler": None, "seed": 1}
+    chosen: dict[str, object] = {"num_inference_steps": 4, "guidance_scale": 3.0, "seed": 1}
     return booth.requests("a photo of a {subject}", concept, **(chosen | changes))[0]
 
 

@@ -97,8 +97,7 @@ def test_before_the_text_encoder_the_concept_is_a_word_among_words(tiny: Path) -
     assert concepts.grad.any()
 
     concept = before.encode([portrait(0)[0]], "cat")
-    unsaid = dict.fromkeys(("num_inference_steps", "guidance_scale", "negative_prompt", "adapter_scale", "sampler"))
-    [row] = before.rows(before.requests("a photo of a {subject}", concept, concept_scale=0.5, seed=0, **unsaid))
+    [row] = before.rows(before.requests("a photo of a {subject}", concept, concept_scale=0.5))
     with torch.no_grad():
         expected = before.prompt_embeds(*(each[:1] for each in arguments), concept.concept_embedding * 0.5)
     torch.testing.assert_close(row.prompt_embeds, expected[0])

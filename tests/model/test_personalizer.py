@@ -147,7 +147,7 @@ def test_the_order_of_reference_images_does_not_matter(booth: Personalizer) -> N
 
 
 def rest() -> dict[str, object]:
-    return {"guidance_scale": 3.0, "negative_prompt": None, "concept_scale": 1.0, "sampler": "ddim", "seed": 5}
+    return {"guidance_scale": 3.0, "concept_scale": 1.0, "sampler": "ddim", "seed": 5}
 
 
 def test_a_mixed_batch_equals_each_row_alone(booth: Personalizer, concepts: list[Concept]) -> None:

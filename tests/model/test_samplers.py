@@ -144,13 +144,13 @@ def test_trailing_spacing_takes_exactly_the_steps_asked_for(steps):
     ("name", "steps", "config", "message"),
     [
         ("dpmsolver", 10, {}, "Did you mean 'dpmsolver\\+\\+'"),
-        ("ddim", 0, {}, "num_inference_steps is 0; it must lie between 1 and 1000"),
-        ("ddim", 1001, {}, "num_inference_steps is 1001"),
-        ("ddim", 1000, {"steps_offset": 1}, "Use fewer steps"),
+        ("ddim", 0, {}, "num_inference_steps must be from 1 to 1000, the base's, is 0"),
+        ("ddim", 1001, {}, "the base's, is 1001"),
+        ("ddim", 1000, {"steps_offset": 1}, "use fewer steps"),
         ("dpmsolver++", 1000, {"timestep_spacing": "leading"}, "repeat timesteps"),
         ("ddim", 4, {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, "zero signal"),
-        ("ddim", 4, {"beta_schedule": "laplace"}, "Unknown beta_schedule 'laplace'"),
-        ("ddim", 4, {"prediction_type": "flow_prediction"}, "Unknown prediction_type 'flow_prediction'"),
+        ("ddim", 4, {"beta_schedule": "laplace"}, "beta_schedule 'laplace' is unknown"),
+        ("ddim", 4, {"prediction_type": "flow_prediction"}, "prediction_type 'flow_prediction' is unknown"),
         ("ddim", 4, {"timestep_spacing": "linespace"}, "Did you mean 'linspace'"),
     ],
 )

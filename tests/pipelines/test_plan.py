@@ -7,7 +7,7 @@ import random
 import tracemalloc
 from dataclasses import replace
 
-from instantbooth.ledger import work_id
+from instantbooth.ledger import digest_of
 from instantbooth.manifest import ManifestRow
 from pipelines.plan import ModelIdentity, Settled, Task, concept_key, packed, pieces, unpacked
 
@@ -40,7 +40,7 @@ def test_ids_change_with_what_determines_a_picture_and_with_nothing_else() -> No
 
 
 def test_settled_works_are_known_and_others_are_not() -> None:
-    works = [work_id("item", number) for number in range(2000)]
+    works = [digest_of("item", number) for number in range(2000)]
     settled = Settled(random.Random(0).sample(works[:1000], 1000))
     assert [work in settled for work in works] == [True] * 1000 + [False] * 1000
     assert works[0] not in Settled(["not-an-id", "x" * 32, " " * 32])

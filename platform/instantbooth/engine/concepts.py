@@ -17,9 +17,8 @@ class KeysValuesCache:
 
     def __init__(self, booth: Personalizer, capacity_bytes: int) -> None:
         self._booth = booth
-        self._weights = booth.weights_digest
         self._capacity = capacity_bytes
-        self._entries: OrderedDict[tuple[str, str], dict[str, KeysValues]] = OrderedDict()
+        self._entries: OrderedDict[str, dict[str, KeysValues]] = OrderedDict()
         self._lock = Lock()
         self.bytes = 0
         """Held now."""
@@ -28,7 +27,7 @@ class KeysValuesCache:
 
     def get(self, concept: Concept, *, counted: bool = True) -> dict[str, KeysValues]:
         """The concept's keys and values in every adapter; `counted` among the hits or misses, or not."""
-        key = (concept.digest, self._weights)
+        key = concept.digest
         with self._lock:
             if key in self._entries:
                 self.hits += counted
@@ -47,7 +46,7 @@ class KeysValuesCache:
     def discard(self, concept_digest: str) -> None:
         """Forgets a concept, where it is known: it was deleted."""
         with self._lock:
-            entry = self._entries.pop((concept_digest, self._weights), None)
+            entry = self._entries.pop(concept_digest, None)
             self.bytes -= size_of(entry) if entry else 0
 
 

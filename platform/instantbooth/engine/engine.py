@@ -318,7 +318,8 @@ class Engine:
                 self._budget_share /= 2 if self._budget(tickets[0].size) > 1 else 1
                 self._steps_that_fit = 0
             if len(tickets) == 1:
-                self._end(tickets[0], "failed", error)
+                self._scheduler.remove(tickets[0])
+                self._settle(tickets[0], error)
                 return
             half = len(tickets) // 2
             self._step(tickets[:half])
@@ -381,11 +382,6 @@ class Engine:
         else:
             settled, how = ticket.deliver(outcome), "finished"
         self._ended[how if settled else "cancelled"] += 1
-
-    def _end(self, ticket: Ticket, how: str, error: Exception) -> None:
-        self._scheduler.remove(ticket)
-        self._ended[how] += 1
-        ticket.fail(error)
 
 
 def _row_budgets(booth: Personalizer, config: EngineConfig) -> RowBudgets:

@@ -65,7 +65,7 @@ def train_ablation(
     """Trains a row from nothing, or from its checkpoint, by the method's own training.
 
     `latents` [N, C, h, w] are the corpus's, scaled; what is tuned beside the method's own parts is so at `tuned_rate`
-    times their learning rate. All rows start with the same random layers and meet the same pairs and noises.
+    times their learning rate. All rows start with the same encoders and adapters and meet the same pairs and noises.
     """
     started = time.perf_counter()
     torch.manual_seed(config.seed)

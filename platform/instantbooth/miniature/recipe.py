@@ -474,6 +474,11 @@ def ship(models: Path, destination: Path) -> int:
         if path.suffix == ".safetensors":
             halves = {name: t.half() if t.is_floating_point() else t for name, t in load_file(path).items()}
             save_file(halves, target, metadata={"format": "pt"})
+        elif path.name == "config.json":
+            # diffusers writes down where it read a model from: a path of the machine that trained it.
+            settings = json.loads(path.read_text())
+            settings.pop("_name_or_path", None)
+            target.write_text(json.dumps(settings, indent=2) + "\n")
         else:
             shutil.copyfile(path, target)
     if destination.exists():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -10,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image
 
+from instantbooth.images import encode_png
 from instantbooth.manifest import SUBJECT, ManifestRow
 from instantbooth.miniature.corpus import class_noun_of, draw_noun, identity_of, subject_seed
 from instantbooth.miniature.world import SIZE, Picture, Scene, caption_of, render
@@ -89,8 +89,8 @@ def write_manifest(store: ObjectStore, prefix: str, *, subjects: int, references
             scene = replace(Scene.sample(rng), style="photo", headwear="none", action="none")
             picture = render(identity, scene)
             key = f"{prefix}/references/{number:03d}-{reference}"
-            store.put(f"{key}.png", _png(picture.image))
-            store.put(f"{key}-mask.png", _png(picture.mask))
+            store.put(f"{key}.png", encode_png(picture.image))
+            store.put(f"{key}-mask.png", encode_png(picture.mask))
             images.append(store.uri(f"{key}.png"))
             masks.append(store.uri(f"{key}-mask.png"))
         kinds = PROMPTS[number // SUBJECTS_PER_SET % len(PROMPTS)]
@@ -126,18 +126,12 @@ def _write_unusable(store: ObjectStore, prefix: str) -> list[dict[str, str]]:
         _write_pair(store, prefix, "large", Picture(image=picture.image, mask=large), caption),
         _write_pair(store, prefix, "present", picture, caption) | {"mask_file_name": "masks/absent.png"},
     ]
-    store.put(f"{prefix}/images/truncated.png", _png(picture.image)[:600])
+    store.put(f"{prefix}/images/truncated.png", encode_png(picture.image)[:600])
     return lines
 
 
 def _write_pair(store: ObjectStore, prefix: str, name: str, picture: Picture, text: str) -> dict[str, str]:
     line = {"file_name": f"images/{name}.png", "mask_file_name": f"masks/{name}.png", "text": text}
-    store.put(f"{prefix}/{line['file_name']}", _png(picture.image))
-    store.put(f"{prefix}/{line['mask_file_name']}", _png(picture.mask))
+    store.put(f"{prefix}/{line['file_name']}", encode_png(picture.image))
+    store.put(f"{prefix}/{line['mask_file_name']}", encode_png(picture.mask))
     return line
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()

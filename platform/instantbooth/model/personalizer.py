@@ -31,7 +31,7 @@ from instantbooth.model.weights import (
 )
 from instantbooth.parameters import check_range
 from instantbooth.presets import ModelPreset, model_parts
-from instantbooth.prompts import expand, tokenize, tokenize_subject
+from instantbooth.prompts import SUBJECT_FIELD, expand, tokenize, tokenize_subject
 
 MAX_BATCH = 32
 """Requests denoised together; more are taken in turn."""
@@ -124,7 +124,7 @@ class Personalizer:
         device: str | torch.device | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> Personalizer:
-        """The same with closed gates and random layers: where training starts."""
+        """The same where training starts: closed gates, adapters as their blocks' self-attention, random encoders."""
         parts = model_parts(model, None, image_encoder, segmenter)
         if patch_layer is not None:
             parts = replace(parts, patch_layer=patch_layer)
@@ -223,9 +223,15 @@ class Personalizer:
         concepts: Concept | Sequence[Concept],
         *,
         num_images_per_prompt: int = 1,
+        num_inference_steps: int | Sequence[int] | None = None,
+        guidance_scale: float | Sequence[float] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        adapter_scale: float | Sequence[float] | None = None,
+        concept_scale: float | Sequence[float] | None = None,
+        sampler: str | Sequence[str] | None = None,
+        seed: int | Sequence[int] = 0,
         height: int | None = None,
         width: int | None = None,
-        **parameters: object,
     ) -> list[Request]:
         """Checks and spreads what `generate` takes: one request for each picture."""
         if not isinstance(prompts, Sequence):
@@ -237,6 +243,15 @@ class Personalizer:
         size = {"height": self._side("height", height), "width": self._side("width", width)}
         subjects = _spread("concepts", concepts, prompts)
         encoders = self.encoder_digest
+        parameters = {
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "negative_prompt": negative_prompt,
+            "adapter_scale": adapter_scale,
+            "concept_scale": concept_scale,
+            "sampler": sampler,
+            "seed": seed,
+        }
         columns = {name: _spread(name, value, prompts) for name, value in parameters.items()}
         requests = []
         for row, (prompt, concept) in enumerate(zip(prompts, subjects, strict=True)):
@@ -253,7 +268,7 @@ class Personalizer:
         for name in ("num_inference_steps", "guidance_scale", "adapter_scale", "concept_scale", "seed"):
             check_range(name, values[name])
         negative = values["negative_prompt"] or ""
-        if not isinstance(negative, str) or "{subject}" in negative:
+        if not isinstance(negative, str) or SUBJECT_FIELD in negative:
             raise PromptError(f"negative_prompt {negative!r} must be text without {{subject}}; remove it")
         text = expand(prompt, concept.class_noun, self.placeholder_token)
         tokenize_subject(self.base.tokenizer, text, self.placeholder_token)

@@ -145,8 +145,8 @@ def sampler_table(name: str, num_inference_steps: int, schedule: NoiseSchedule) 
         levels, next_levels = _interpolated_levels(timesteps, schedule)
     if schedule.prediction_type == "epsilon" and (levels.alpha == 0).any():
         raise ParameterError(
-            "An epsilon model cannot start DDIM on zero signal, where this schedule of zero terminal SNR ends. "
-            "Use a v_prediction model, or the sampler 'euler' or 'dpmsolver++'."
+            "the base predicts epsilon, which cannot start DDIM on zero signal, where its schedule of zero terminal "
+            "SNR ends; use a v_prediction model, or the sampler 'euler' or 'dpmsolver++'"
         )
 
     sample = next_levels.sigma / levels.sigma
@@ -222,7 +222,7 @@ def _timesteps(name: str, steps: int, schedule: NoiseSchedule) -> np.ndarray:
     """The timesteps visited, falling, float32 [steps]."""
     total = schedule.num_train_timesteps
     if not 1 <= steps <= total:
-        raise ParameterError(f"num_inference_steps is {steps}; it must lie between 1 and {total}.")
+        raise ParameterError(f"num_inference_steps must be from 1 to {total}, the base's, is {steps}; change it")
     # DPM-Solver++ spreads one point more than it has steps, and leaves out the lowest.
     points = steps + 1 if name == "dpmsolver++" else steps
     spacing = _spacing(name, schedule)
@@ -239,7 +239,7 @@ def _timesteps(name: str, steps: int, schedule: NoiseSchedule) -> np.ndarray:
     if timesteps[0] > total - 1 or (np.diff(timesteps) >= 0).any():
         raise ParameterError(
             f"num_inference_steps is {steps}: with {spacing!r} spacing, {name!r} would repeat timesteps or leave the "
-            f"{total} of training. Use fewer steps."
+            f"{total} of training; use fewer steps"
         )
     return timesteps
 
@@ -276,4 +276,4 @@ def _rescale_to_zero_terminal_snr(betas: Tensor) -> Tensor:
 
 def _check_known(parameter: str, name: str, known: tuple[str, ...]) -> None:
     if name not in known:
-        raise ParameterError(f"Unknown {parameter} {name!r}. {did_you_mean(name, known)}")
+        raise ParameterError(f"{parameter} {name!r} is unknown. {did_you_mean(name, known)}")

@@ -29,8 +29,6 @@ REMEMBERED = 2
 class Place:
     """Where one sample lies."""
 
-    position: int
-    """Number of the sample in the training, counted over all epochs."""
     epoch: int
     shard: int
     row: int
@@ -59,7 +57,7 @@ class SampleOrder:
         number = int(self._epoch(epoch)[within])
         shard = int(np.searchsorted(self._ends, number, side="right"))
         start = int(self._ends[shard]) - self.rows[shard]
-        return Place(position=position, epoch=epoch, shard=shard, row=number - start)
+        return Place(epoch=epoch, shard=shard, row=number - start)
 
     def batch(self, step: int, size: int, *, rank: int = 0, world: int = 1) -> range:
         """Positions of a rank's share of the batch of a step, from 0; the shares together are the same in any world."""

@@ -18,7 +18,7 @@ from instantbooth.evaluation.methods.sampling import encode_prompts, sample
 from instantbooth.images import check_image, check_mask, subject_square
 from instantbooth.model.base import BaseModel
 from instantbooth.model.encoders import ImageEncoder
-from instantbooth.prompts import expand, tokenize_subject
+from instantbooth.prompts import SUBJECT_FIELD, expand, tokenize_subject
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ class IPAdapter(Method[ImagePrompt]):
         """Pictures of prompts in which the class noun stands for the subject."""
         for prompt in prompts:
             tokenize_subject(self.base.tokenizer, expand(prompt, subject.class_noun))
-        texts = [prompt.format(subject=subject.class_noun) for prompt in prompts]
+        texts = [prompt.replace(SUBJECT_FIELD, subject.class_noun) for prompt in prompts]
         prompted = _ImagePrompted(self.base.unet, subject, guided=self.sampling.guidance_scale > 1)
         return sample(self.base, encode_prompts(self.base, texts), seeds, self.sampling, unet=prompted)
 
