@@ -21,7 +21,7 @@ from PIL import Image
 
 from instantbooth import Concept
 from instantbooth.errors import ConceptError, InstantBoothError, MissingObjectError, StorageError, WeightsError
-from instantbooth.images import decode_image
+from instantbooth.images import decode_reference
 from instantbooth.ledger import Ledger
 from instantbooth.manifest import ManifestRow
 from instantbooth.storage import ObjectStore, absolute_uri, open_store, patiently, read_uri
@@ -30,8 +30,6 @@ from pipelines.model import ModelConfig
 from pipelines.plan import ModelIdentity, Piece, Task, concept_key, pieces, unpacked
 
 MAX_FILE_BYTES = 20_000_000
-MAX_REFERENCE_SIDE = 1024
-"""Encoders look at 224 px around the subject: larger references are scaled down once, where they are decoded."""
 READERS = 8
 """Rows whose references a task fetches at once."""
 RECENT = 32
@@ -208,6 +206,4 @@ def _images(uris: Iterable[str], folder: Path) -> tuple[Image.Image, ...]:
 def _image(uri: str) -> Image.Image:
     data = patiently(lambda: read_uri(uri, max_bytes=MAX_FILE_BYTES))
     with _decoding:
-        image = decode_image(data, name=uri)
-        image.thumbnail((MAX_REFERENCE_SIDE, MAX_REFERENCE_SIDE))
-    return image
+        return decode_reference(data, name=uri)

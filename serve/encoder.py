@@ -11,15 +11,13 @@ from ray import serve
 
 from instantbooth import Concept
 from instantbooth.errors import EngineError
-from instantbooth.images import ImageLimits, decode_image
+from instantbooth.images import ImageLimits, decode_reference
 from instantbooth.model.subjects import Subject, SubjectEncoder
 from serve.config import ServeConfig
 from serve.messages import Encoded, Upload
 from serve.metrics import Snapshot, StageMetrics
 from serve.model import load_encoder, warm_up
 
-MAX_REFERENCE_SIDE = 1024
-"""Encoders look at 224 px around the subject: larger photos are scaled down once, where they are decoded."""
 ENCODE_BATCH = 32
 """Images encoded in one forward pass: two subjects of the most reference images, or more of fewer."""
 
@@ -87,9 +85,7 @@ class ConceptEncoder:
         return self.encoder.prepare(self._decode("image", upload.images), upload.class_noun, masks)
 
     def _decode(self, name: str, files: tuple[bytes, ...]) -> list[Image.Image]:
-        decoded = []
-        for number, data in enumerate(files, start=1):
-            image = decode_image(data, name=f"{name} {number}", limits=self.limits)
-            image.thumbnail((MAX_REFERENCE_SIDE, MAX_REFERENCE_SIDE))
-            decoded.append(image)
-        return decoded
+        return [
+            decode_reference(data, name=f"{name} {number}", limits=self.limits)
+            for number, data in enumerate(files, start=1)
+        ]

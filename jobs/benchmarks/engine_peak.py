@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from instantbooth import Personalizer
 from instantbooth.engine.knee import seconds_of_step, typical_batch
@@ -53,6 +52,4 @@ def share_of_peak(booth: Personalizer, seconds: Mapping[int, float], rows: int, 
 def flops_of_step(booth: Personalizer, rows: int) -> int:
     """Of a step of so many rows, as `flops_of` counts them: its requests are alike, so one is counted."""
     batch = typical_batch(booth, min(rows, ONE_REQUEST), steps=1)
-    # The counter knows the products that attention is made of, not every device's kernel for the whole.
-    with sdpa_kernel(SDPBackend.MATH):
-        return flops_of(batch.step) * max(1, rows // ONE_REQUEST)
+    return flops_of(batch.step) * max(1, rows // ONE_REQUEST)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from instantbooth import Concept, Personalizer
 from instantbooth.config import GenerationDefaults
@@ -27,9 +26,7 @@ def unet_tflop(booth: Personalizer, concept: Concept) -> float:
     """
     [row] = booth.rows(booth.requests("a photo of a {subject}", concept, num_inference_steps=1))
     row.keys_values = booth.keys_values(concept)
-    # The counter knows the products that attention is made of, not every device's kernel for the whole.
-    with sdpa_kernel(SDPBackend.MATH):
-        return flops_of(lambda: list(denoise(booth.base.unet, [row]))) / 1e12
+    return flops_of(lambda: list(denoise(booth.base.unet, [row]))) / 1e12
 
 
 def share_of_peak(pictures_per_s: float, tflop: float, defaults: GenerationDefaults, peak_tflops: float) -> float:

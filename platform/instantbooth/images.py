@@ -26,6 +26,8 @@ from instantbooth.errors import ImageError, ParameterError, did_you_mean
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 OUTPUT_FORMATS = ("png", "webp", "jpeg")
+MAX_REFERENCE_SIDE = 1024
+"""Encoders look at 224 px around the subject: larger references are scaled down once, where they are decoded."""
 QUALITY = 92
 """Of WebP and JPEG, where 100 is the best."""
 SIXTEEN_BIT_MODES = frozenset({"I;16", "I;16L", "I;16B"})
@@ -101,6 +103,13 @@ def decode_image(data: bytes, *, name: str = "image", limits: ImageLimits | None
     limits = limits or ImageLimits()
     with _open(data, name, limits) as picture:
         return _decoded(picture, name, limits)
+
+
+def decode_reference(data: bytes, *, name: str = "image", limits: ImageLimits | None = None) -> Image.Image:
+    """The same for a subject's reference or its mask: no larger than an encoder has a use for."""
+    image = decode_image(data, name=name, limits=limits)
+    image.thumbnail((MAX_REFERENCE_SIDE, MAX_REFERENCE_SIDE))
+    return image
 
 
 def check_image(image: object, *, name: str, limits: ImageLimits | None = None) -> Image.Image:

@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from diffusers.models.attention_processor import AttnProcessor
 from torch import Generator, Tensor, nn
 
 from instantbooth.miniature.corpus import Corpus
+from instantbooth.training.attention import write_out_attention
 from instantbooth.training.loop import LoopConfig, train
 
 LATENT_CHANNELS = 8
@@ -40,8 +40,7 @@ def new_vae() -> AutoencoderKL:
 def train_vae(corpus: Corpus, config: LoopConfig, *, folder: Path, device: torch.device) -> AutoencoderKL:
     """Fits L1 on pixels and on their gradients, with a slight pull of the latents to a unit normal."""
     vae = new_vae().to(device)
-    if device.type == "cpu":
-        vae.set_attn_processor(AttnProcessor())
+    write_out_attention(vae)
     images, masks = torch.from_numpy(corpus.images), torch.from_numpy(corpus.masks)
 
     def draw(examples: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,8 +67,7 @@ def train_decoder(vae: AutoencoderKL, corpus: Corpus, latents: Tensor, config: L
 
     `latents` [N, 8, h, w] are the corpus's, scaled.
     """
-    if vae.device.type == "cpu":
-        vae.set_attn_processor(AttnProcessor())
+    write_out_attention(vae)
     images, masks = torch.from_numpy(corpus.images), torch.from_numpy(corpus.masks)
     trained = nn.ModuleList([vae.decoder, vae.post_quant_conv])
 

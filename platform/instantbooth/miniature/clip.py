@@ -16,6 +16,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from instantbooth.miniature.corpus import Corpus
 from instantbooth.miniature.crops import SIZE, subject_crops
 from instantbooth.miniature.vocabulary import MAX_LENGTH
+from instantbooth.training.attention import write_out_attention
 from instantbooth.training.loop import LoopConfig, train
 
 TRAINING = LoopConfig(
@@ -67,9 +68,7 @@ def train_clip(
     be nearest to the other (SLIP, arXiv 2112.12750; here in CLIP's own embedding, without a head of its own).
     """
     model = new_clip(tokenizer).to(device)
-    if device.type == "cpu":
-        # The backward pass of fused attention in bfloat16 takes three times as long on CPUs.
-        model.set_attn_implementation("eager")
+    write_out_attention(model)
     images, masks = torch.from_numpy(corpus.images), torch.from_numpy(corpus.masks)
 
     def draw(examples: int, generator: Generator) -> tuple[Tensor, list[str]]:
