@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -15,8 +12,8 @@ from instantbooth.model.base import check_layout, local_folder
 from instantbooth.model.loading import DTYPES, Precision
 from instantbooth.model.subjects import SubjectEncoder
 from instantbooth.model.weights import CONFIG_FILE, read_tensors, tensors_digest, trained_parts
-from instantbooth.presets import tracking_uri
-from instantbooth.tracking import absolute_tracking_uri, resolve_version, resolve_weights
+from instantbooth.presets import tracking_uri, weights_folder
+from instantbooth.tracking import absolute_tracking_uri, pinned
 from pipelines.plan import ModelIdentity
 
 
@@ -47,41 +44,37 @@ class ModelConfig:
         return replace(self, tracking_uri=absolute_tracking_uri(self.tracking_uri), **folders)
 
     def pinned(self) -> ModelConfig:
-        """The same with the version that an alias names now: who loads it later gets that one. Raises WeightsError."""
-        if not self.weights or not self.weights.startswith("models:/"):
-            return self
-        return replace(self, weights=resolve_version(self.weights, self.tracking_uri).uri)
+        """The same with the versions that aliases name now: who loads it later gets those. Raises WeightsError."""
+        weights = self.weights and pinned(self.weights, self.tracking_uri)
+        return replace(self, base=pinned(self.base, self.tracking_uri), weights=weights)
 
     def identity(self) -> ModelIdentity:
         """What of the model determines pictures, without loading it.
 
         Raises WeightsError or BaseModelError for a part that is not there.
         """
-        with self._folder() as weights:
-            parts, folder, config = trained_parts(self.base, weights, self.image_encoder, self.segmenter)
-            if (base := local_folder(parts.base)) is not None:
-                check_layout(base)
-            for part in (parts.image_encoder, parts.segmenter):
-                if part is not None:
-                    local_folder(part)
-            return ModelIdentity(
-                base=self.base,
-                image_encoder=self.image_encoder,
-                segmenter=self.segmenter,
-                weights=tensors_digest(read_tensors(folder)),
-                config=sha256((folder / CONFIG_FILE).read_bytes()).hexdigest(),
-                patch_layer=config.patch_layer,
-            )
+        parts, folder, config = trained_parts(self.base, self._weights(), self.image_encoder, self.segmenter)
+        if (base := local_folder(parts.base)) is not None:
+            check_layout(base)
+        for part in (parts.image_encoder, parts.segmenter):
+            if part is not None:
+                local_folder(part)
+        return ModelIdentity(
+            base=self.base,
+            image_encoder=self.image_encoder,
+            segmenter=self.segmenter,
+            weights=tensors_digest(read_tensors(folder)),
+            config=sha256((folder / CONFIG_FILE).read_bytes()).hexdigest(),
+            patch_layer=config.patch_layer,
+        )
 
     def load(self, *, device: str, precision: Precision = "fp32") -> Personalizer:
         """The model on a device. Raises WeightsError or BaseModelError where a part is missing or does not fit."""
-        with self._folder() as weights:
-            return Personalizer.from_pretrained(self.base, weights=weights, **self._placed(device, precision))
+        return Personalizer.from_pretrained(self.base, weights=self._weights(), **self._placed(device, precision))
 
     def load_encoder(self, *, device: str, precision: Precision = "fp32") -> SubjectEncoder:
         """The part that encodes subjects, without the base model. Raises WeightsError."""
-        with self._folder() as weights:
-            return SubjectEncoder.from_pretrained(self.base, weights=weights, **self._placed(device, precision))
+        return SubjectEncoder.from_pretrained(self.base, weights=self._weights(), **self._placed(device, precision))
 
     def untrained(self, *, device: str) -> Personalizer:
         """The base with closed gates, and encoders drawn from torch's generator: where training starts anew."""
@@ -91,8 +84,6 @@ class ModelConfig:
         parts = {"image_encoder": self.image_encoder, "segmenter": self.segmenter}
         return {**parts, "device": device, "dtype": DTYPES[precision]}
 
-    @contextmanager
-    def _folder(self) -> Iterator[Path | None]:
-        """The weights in a local folder, for as long as it is needed; None for the preset's own."""
-        with tempfile.TemporaryDirectory() as folder:
-            yield resolve_weights(self.weights, self.tracking_uri, Path(folder)) if self.weights else None
+    def _weights(self) -> str | None:
+        """The weights in a local folder; None for the preset's own."""
+        return self.weights and weights_folder(self.weights, self.tracking_uri)

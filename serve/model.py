@@ -2,41 +2,32 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
-from instantbooth import Concept, Personalizer
+from instantbooth import Concept, Personalizer, tracking
 from instantbooth.model.loading import DTYPES
 from instantbooth.model.subjects import SubjectEncoder
-from instantbooth.tracking import resolve_version, resolve_weights
+from instantbooth.presets import weights_folder
 from serve.config import ServeConfig
 
 
 def pinned(config: ServeConfig) -> ServeConfig:
-    """With the version that an alias names now: replicas that start later load the same. Raises WeightsError."""
-    if not config.weights or not config.weights.startswith("models:/"):
-        return config
-    return config.model_copy(update={"weights": resolve_version(config.weights, config.tracking_uri).uri})
+    """With the versions that aliases name now: replicas that start later load the same. Raises WeightsError."""
+    named = {"base": config.base, "weights": config.weights}
+    versions = {name: uri and tracking.pinned(uri, config.tracking_uri) for name, uri in named.items()}
+    return config.model_copy(update=versions)
 
 
 def load(config: ServeConfig) -> Personalizer:
     """The configured model, on a GPU where Ray gave one. WeightsError or BaseModelError where a part is missing."""
-    with _weights(config) as weights:
-        return Personalizer.from_pretrained(
-            config.base, image_encoder=config.image_encoder, weights=weights, dtype=DTYPES[config.precision]
-        )
+    return Personalizer.from_pretrained(config.base, **_parts(config))
 
 
 def load_encoder(config: ServeConfig) -> SubjectEncoder:
     """The part of it that encodes subjects, without the base model. Raises WeightsError."""
-    with _weights(config) as weights:
-        return SubjectEncoder.from_pretrained(
-            config.base, image_encoder=config.image_encoder, weights=weights, dtype=DTYPES[config.precision]
-        )
+    return SubjectEncoder.from_pretrained(config.base, **_parts(config))
 
 
 def warm_up(encoder: SubjectEncoder) -> Concept:
@@ -44,7 +35,9 @@ def warm_up(encoder: SubjectEncoder) -> Concept:
     return encoder.encode([Image.new("RGB", (64, 64), "grey")], masks=[Image.new("L", (64, 64), 255)])
 
 
-@contextmanager
-def _weights(config: ServeConfig) -> Iterator[Path | None]:
-    with tempfile.TemporaryDirectory() as folder:
-        yield resolve_weights(config.weights, config.tracking_uri, Path(folder)) if config.weights else None
+def _parts(config: ServeConfig) -> dict[str, Any]:
+    return {
+        "image_encoder": config.image_encoder,
+        "weights": config.weights and weights_folder(config.weights, config.tracking_uri),
+        "dtype": DTYPES[config.precision],
+    }

@@ -92,20 +92,25 @@ def registered_preset(uri: str) -> ModelPreset:
     return replace(chosen, weights=weights_folder(version.uri))
 
 
-def weights_folder(weights: str) -> str:
-    """A folder as it is; registered weights downloaded, once for each version."""
+def weights_folder(weights: str, registry_uri: str | None = None) -> str:
+    """A folder as it is; registered weights downloaded, once for each version.
+
+    The registry is MLFLOW_TRACKING_URI unless given. Raises WeightsError for a version or alias that is not there.
+    """
     if not weights.startswith("models:/"):
         return weights
     from instantbooth.tracking import Registry, resolve_version
 
-    version = resolve_version(weights, tracking_uri())
-    registry = sha256(tracking_uri().encode()).hexdigest()[:12]
+    uri = registry_uri or tracking_uri()
+    version = resolve_version(weights, uri)
+    registry = sha256(uri.encode()).hexdigest()[:12]
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "instantbooth"
-    folder = cache / f"{version.name}-{version.number}-{registry}"
+    # A registry made anew at the same place numbers its versions from 1 again.
+    folder = cache / f"{version.name}-{version.number}-{version.created_ms}-{registry}"
     if not folder.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
-            downloaded = Registry(tracking_uri()).download(version, Path(scratch))
+            downloaded = Registry(uri).download(version, Path(scratch))
             # Whoever comes second finds it there.
             with contextlib.suppress(OSError):
                 downloaded.rename(folder)

@@ -275,6 +275,8 @@ class Version:
     """Preset or folder of the model that it was trained for; empty where that was not noted."""
     image_encoder: str
     """Its CLIP folder; empty for the base's own."""
+    created_ms: int
+    """When it was registered, since 1970."""
     name: str = MODEL
 
     @property
@@ -313,6 +315,7 @@ class Registry:
             number=str(found.version),
             base=found.tags.get(BASE, ""),
             image_encoder=found.tags.get(IMAGE_ENCODER, ""),
+            created_ms=found.creation_timestamp,
             name=name,
         )
 
@@ -353,18 +356,9 @@ def absolute_tracking_uri(uri: str) -> str:
     return f"{SQLITE}{Path(uri.removeprefix(SQLITE)).absolute()}" if uri.startswith(SQLITE) else uri
 
 
-def resolve_weights(uri: str, tracking_uri: str, folder: Path) -> Path:
-    """The local folder of weights at a plain path, or of models:/name/version and models:/name@alias.
-
-    Registered weights are downloaded below `folder`. Raises WeightsError for a name, version or alias that does not
-    exist, and for a path that is no folder.
-    """
-    if not uri.startswith("models:/"):
-        path = Path(uri)
-        if not path.is_dir():
-            raise WeightsError(f"{uri} is no folder; name a weights folder, or models:/{MODEL}@{CANDIDATE}")
-        return path
-    return Registry(tracking_uri).download(resolve_version(uri, tracking_uri), folder)
+def pinned(uri: str, tracking_uri: str) -> str:
+    """The version that an alias names now, as models:/name/version; what is no alias as it is. Raises WeightsError."""
+    return resolve_version(uri, tracking_uri).uri if uri.startswith("models:/") else uri
 
 
 def resolve_version(uri: str, tracking_uri: str) -> Version:

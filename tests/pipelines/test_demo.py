@@ -13,9 +13,8 @@ from PIL import Image
 from instantbooth.errors import InstantBoothError
 from instantbooth.evaluation.judges import AttributeJudge, IdentityJudge
 from instantbooth.miniature.world import ATTRIBUTES
-from instantbooth.presets import miniature_folder
+from instantbooth.presets import miniature_folder, weights_folder
 from instantbooth.storage import FileStore
-from instantbooth.tracking import resolve_weights
 from instantbooth.training.adapters import AdapterTrainingConfig
 from jobs.demo import DemoConfig, run
 from jobs.report import Subject, write_contact_sheet
@@ -97,7 +96,7 @@ def test_the_demo_leaves_pictures_weights_and_figures(tmp_path: Path) -> None:
     assert (summary["identities"], summary["images"], summary["failed"], summary["train_steps"]) == (2, 8, 0, 3)
     assert all(0 <= summary[figure] <= 1 for figure in ("identification_top1", "prompt_accuracy"))
     tracking_uri = f"sqlite:///{output}/mlflow.db"
-    assert resolve_weights(summary["weights"], tracking_uri, tmp_path).is_dir()
+    assert Path(weights_folder(summary["weights"], tracking_uri)).is_dir()
     [manifest] = output.glob("store/*/orders/manifest.jsonl")
     rows = load_manifest(manifest.as_uri())
     trained = replace(model, weights=summary["weights"], tracking_uri=tracking_uri).identity()
