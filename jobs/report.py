@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image, ImageDraw, ImageFont
 
-TEMPLATES = Path(__file__).parent / "templates"
+from pipelines.page import render
+
 TILE = 192
 GAP = 10
 HEAD = 84
@@ -81,11 +79,7 @@ def write_page(
     `curation` is an ingestion's report, `failures` the records of rows without pictures, `summary` what summary.json
     says.
     """
-    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
-    environment.filters["data_uri"] = _data_uri
-    page = environment.get_template("demo.html.j2").render(
-        subjects=subjects, curve=curve, curation=curation, failures=failures, summary=summary
-    )
+    page = render("demo.html.j2", subjects=subjects, curve=curve, curation=curation, failures=failures, summary=summary)
     path.write_text(page)
 
 
@@ -121,9 +115,3 @@ def _write(pen: ImageDraw.ImageDraw, below: tuple[int, int], text: str, color: t
     font = ImageFont.load_default(size=14)
     for number, line in enumerate(lines):
         pen.text((below[0], below[1] - 19 * (len(lines) - number) - 3), line, fill=color, font=font)
-
-
-def _data_uri(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -9,13 +9,21 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
+from instantbooth.images import encode_png
+
 TEMPLATES = (Path(__file__).parent / "templates", Path(__file__).parent / "curation")
 
 
 def render(template: str, **values: object) -> str:
     """The page that a template makes of these values; templates extend page.html.j2, which holds the style."""
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
+    environment.filters["png_uri"] = png_uri
     return environment.get_template(template).render(values)
+
+
+def png_uri(image: Image.Image) -> str:
+    """A picture as it is, as the source of an <img>."""
+    return f"data:image/png;base64,{base64.b64encode(encode_png(image)).decode()}"
 
 
 def jpeg_uri(data: bytes) -> str:
