@@ -107,7 +107,7 @@ def _train(job: IPAdapterJob, models: Path, corpus: Corpus, variant: str, planne
         "parameters": sum(parameter.numel() for parameter in trained.trained.parameters()),
         "steps": len(losses),
         "loss": sum(losses[-200:]) / len(losses[-200:]),
-        "seconds_of_the_last_sitting": round(time.perf_counter() - started),
+        "seconds_of_the_last_run": round(time.perf_counter() - started),
     }
 
 

@@ -92,7 +92,7 @@ class Shards:
             precomputed=Precomputed(**made_by) if made_by else None,
         )
 
-    def first_rows(self) -> Iterator[dict[str, Any]]:
+    def read_rows(self) -> Iterator[dict[str, Any]]:
         """The rows in their order, columns of SCHEMA and what was precomputed."""
         for uri, digest in zip(self.uris, self.digests, strict=True):
             yield from _table(uri, digest).to_pylist()
@@ -255,7 +255,7 @@ def sample_name(sample: int) -> str:
 def first_examples(feed: TrainingFeed, count: int) -> dict[str, Tensor]:
     """The first rows of the shards as one batch, augmented the same way every time; for validation."""
     examples = Examples(feed=feed, start=0, stop=0, steps_per_task=0, share=(0, 1))
-    made = [examples._example(row, 0) for row in islice(feed.shards.first_rows(), count)]
+    made = [examples._example(row, 0) for row in islice(feed.shards.read_rows(), count)]
     return unpacked({name: torch.from_numpy(np.stack([each[name] for each in made])) for name in made[0]})
 
 

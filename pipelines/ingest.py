@@ -91,7 +91,7 @@ class IngestConfig:
     def __post_init__(self) -> None:
         for name in ("actors", "actor_batch", "rows_per_shard", "rows_per_group"):
             if getattr(self, name) < 1:
-                raise ParameterError(f"{name} must be at least 1, is {getattr(self, name)}")
+                raise ParameterError(f"{name} must be at least 1, is {getattr(self, name)}; raise it")
         if not 0 <= self.gpus_per_actor <= 1:
             raise ParameterError(f"gpus_per_actor must be from 0 to 1, is {self.gpus_per_actor:g}; 0 is the default")
         if not 0 <= self.near_bits < 64:

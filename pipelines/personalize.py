@@ -22,7 +22,7 @@ from typing import Any
 
 import ray.data
 
-from instantbooth.errors import InstantBoothError, ManifestError, ParameterError
+from instantbooth.errors import InstantBoothError, ManifestError, ParameterError, did_you_mean
 from instantbooth.images import OUTPUT_FORMATS
 from instantbooth.ledger import Ledger, digest_of
 from instantbooth.manifest import ManifestRow, PromptSets, read_prompt_sets, scan_manifest
@@ -124,7 +124,9 @@ class PersonalizeConfig:
             raise ParameterError(f"max_failures must be a number of at least 0, is {self.max_failures}; pass one")
         engine_config(self.row_budget, exact=self.exact, compiled=self.compile)
         if self.image_format not in OUTPUT_FORMATS:
-            raise ParameterError(f"image_format must be one of {', '.join(OUTPUT_FORMATS)}, is {self.image_format!r}")
+            raise ParameterError(
+                f"image_format {self.image_format!r} is not written here. {did_you_mean(self.image_format, OUTPUT_FORMATS)}"
+            )
         if self.exact and self.row_budget is None:
             raise ParameterError(
                 "exact needs a row_budget, since each actor would measure its own; pass one, such as 8"

@@ -22,7 +22,7 @@ def validation_pictures(booth: Personalizer, shards: Shards, count: int) -> Imag
 
     None where the split is empty.
     """
-    rows = list(islice(shards.first_rows(), count))
+    rows = list(islice(shards.read_rows(), count))
     if not rows:
         return None
     references = [decode_image(row["image"], name=row["id"]).convert("RGB") for row in rows]

@@ -23,7 +23,8 @@ def fetch(url: str, hosts: Sequence[str], max_bytes: int) -> bytes:
     """What lies at the url. ApiError 422 where its host is not named, or it cannot be had."""
     parts = _split(url)
     if parts.scheme != "https" or parts.hostname not in hosts or parts.username is not None:
-        raise _error(f"image_url {url[:80]!r} is refused; upload the file in the field image")
+        rule = "only https from the hosts in image_hosts is fetched"
+        raise _error(f"image_url {url[:80]!r} is refused: {rule}; upload the file in the field image")
     opener = urllib.request.build_opener(_NoRedirects, urllib.request.ProxyHandler({}))
     try:
         with opener.open(url, timeout=TIMEOUT_S) as response:

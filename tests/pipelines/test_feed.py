@@ -49,7 +49,7 @@ def test_a_shard_that_was_altered_is_told(tmp_path: Path) -> None:
     (path,) = (tmp_path / "train").iterdir()
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(StorageError, match=r"000\.parquet is not what the manifest says"):
-        next(Shards.of(str(tmp_path)).first_rows())
+        next(Shards.of(str(tmp_path)).read_rows())
 
 
 def test_columns_of_another_base_or_word_are_refused(tmp_path: Path, tiny: Path) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import BaseImageProcessor, CLIPModel, CLIPTokenizer
 
-from instantbooth.errors import ParameterError
+from instantbooth.errors import ParameterError, did_you_mean
 from instantbooth.evaluation.judges import AttributeJudge
 
 
@@ -56,7 +56,8 @@ def check_wanted(judge: AttributeJudge, wanted: Sequence[Mapping[str, str]]) -> 
     """ParameterError where something is wanted that the judge does not know."""
     for name, value in {pair for row in wanted for pair in row.items()}:
         if value not in judge.attributes.get(name, ()):
-            raise ParameterError(f"the judge knows no {name} {value!r}; it knows {judge.attributes}")
+            known = judge.attributes.get(name, judge.attributes)
+            raise ParameterError(f"the judge knows no {name} {value!r}. {did_you_mean(value, known)}")
 
 
 def identification_top1(generated_embeddings: Tensor, labels: Tensor, gallery_embeddings: Tensor) -> float:

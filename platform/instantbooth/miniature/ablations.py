@@ -88,7 +88,7 @@ def train_ablation(
         "parameters": parameters,
         "steps": len(losses),
         "loss": sum(losses[-200:]) / len(losses[-200:]),
-        "seconds_of_the_last_sitting": round(time.perf_counter() - started),
+        "seconds_of_the_last_run": round(time.perf_counter() - started),
         "config": asdict(config),
         "tuned_rate": tuned_rate,
     }

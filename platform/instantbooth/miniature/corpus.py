@@ -22,7 +22,7 @@ from instantbooth.miniature.world import ATTRIBUTES, NOUNS, Identity, Scene, ren
 SPLITS = {"pretraining": 0, "judging": 1, "judging-held-out": 2, "validation": 3, "test": 4, "demo": 5}
 """Each split draws its identities and scenes from seeds of its own."""
 SEEDS_PER_SPLIT = 10_000_000
-CLASS_NOUNS = tuple(NOUNS)
+CLASSES = tuple(NOUNS)
 RENDERER = (
     "backgrounds",
     "cat",
@@ -71,7 +71,7 @@ def subject_seed(split: str, number: int) -> int:
 
 def class_noun_of(seed: int) -> str:
     """Persons have even seeds, cats odd ones."""
-    return CLASS_NOUNS[seed % 2]
+    return CLASSES[seed % 2]
 
 
 def draw_noun(seed: int, rng: np.random.Generator) -> str:

@@ -12,7 +12,7 @@ from torch.optim.swa_utils import update_bn
 from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessorPil
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from instantbooth.miniature.corpus import CLASS_NOUNS, Corpus
+from instantbooth.miniature.corpus import CLASSES, Corpus
 from instantbooth.miniature.world import Scene, render_empty
 from instantbooth.training.loop import LoopConfig, train
 
@@ -23,7 +23,7 @@ EMPTY = 0.1
 """Share of pictures with nobody in them: without these, a subject is seen in every picture."""
 EMPTY_SCENES = 800
 """Of these the empty pictures are drawn."""
-LABELS = ("background", *CLASS_NOUNS)
+LABELS = ("background", *CLASSES)
 SIZE = 64
 
 

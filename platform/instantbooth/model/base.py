@@ -183,7 +183,8 @@ def locate(name_or_path: str, part: str = "") -> Path:
         return Path(snapshot_download(name_or_path, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise BaseModelError(
-            f"{name_or_path!r} is no folder here and cannot be fetched from the Hugging Face hub ({error})"
+            f"{name_or_path!r} is no folder here and cannot be fetched from the Hugging Face hub ({error}); "
+            "correct the path, or go online"
         ) from error
 
 
