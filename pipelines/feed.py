@@ -147,6 +147,33 @@ class TrainingFeed:
         """Which sample comes when."""
         return _order(self.shards.rows, self.seed)
 
+    def at(self, order: SampleOrder, position: int) -> dict[str, Any]:
+        """The example at a position of the training."""
+        place = order.place(position)
+        uri = self.shards.uris[place.shard]
+        row = _shard(uri, self.shards.digests[place.shard]).slice(place.row, 1).to_pylist()[0]
+        number = {"position": np.int64(position), "sample": np.int64(int(row["id"][:15], 16))}
+        try:
+            return self.example(row, place.epoch) | number
+        except InputError as error:
+            raise TrainingError(
+                f"row {row['id']} of {uri} cannot be trained on: {error}; ingest with the base that is trained, which "
+                "leaves such pairs out"
+            ) from error
+
+    def example(self, row: dict[str, Any], epoch: int) -> dict[str, Any]:
+        """A row as it is trained on in an epoch; its augmentation is drawn from (seed, epoch, id)."""
+        example = self.prepare(
+            image=decode_image(row["image"], name=row["id"]).convert("RGB"),
+            mask=decode_image(row["mask"], name=row["id"]).convert("L"),
+            caption=row["caption"],
+            noun=row["noun"],
+            rng=np.random.default_rng([self.seed, epoch, int(row["id"][:16], 16)]),
+        )
+        if self.precomputed:
+            example |= {name: np.frombuffer(row[name], np.float16) for name in PRECOMPUTED}
+        return example
+
     def batches(self, start: int, stop: int, *, rank: int = 0, world: int = 1) -> Iterator[dict[str, Tensor]]:
         """This rank's share of the batches of steps start … stop − 1, in order.
 
@@ -189,7 +216,7 @@ class TrainingFeed:
 
 @dataclass(frozen=True, kw_only=True)
 class Examples:
-    """A few steps' share as training examples; augmentation is drawn from (seed, epoch, id)."""
+    """A few steps' share as training examples."""
 
     feed: TrainingFeed
     start: int
@@ -202,43 +229,16 @@ class Examples:
         """The examples of these tasks, stacked in order."""
         order, (rank, world) = self.feed.order(), self.share
         made = [
-            self.at(order, position)
+            self.feed.at(order, position)
             for task in tasks["id"].tolist()
             for step in range(*self._steps(task))
             for position in order.batch(step, self.feed.batch_size, rank=rank, world=world)
         ]
         return {name: np.stack([each[name] for each in made]) for name in made[0]}
 
-    def at(self, order: SampleOrder, position: int) -> dict[str, Any]:
-        """The example at a position of the training."""
-        place = order.place(position)
-        shards = self.feed.shards
-        uri = shards.uris[place.shard]
-        row = _shard(uri, shards.digests[place.shard]).slice(place.row, 1).to_pylist()[0]
-        number = {"position": np.int64(position), "sample": np.int64(int(row["id"][:15], 16))}
-        try:
-            return self._example(row, place.epoch) | number
-        except InputError as error:
-            raise TrainingError(
-                f"row {row['id']} of {uri} cannot be trained on: {error}; ingest with the base that is trained, which "
-                "leaves such pairs out"
-            ) from error
-
     def _steps(self, task: int) -> tuple[int, int]:
         first = self.start + task * self.steps_per_task
         return first, min(first + self.steps_per_task, self.stop)
-
-    def _example(self, row: dict[str, Any], epoch: int) -> dict[str, Any]:
-        example = self.feed.prepare(
-            image=decode_image(row["image"], name=row["id"]).convert("RGB"),
-            mask=decode_image(row["mask"], name=row["id"]).convert("L"),
-            caption=row["caption"],
-            noun=row["noun"],
-            rng=np.random.default_rng([self.feed.seed, epoch, int(row["id"][:16], 16)]),
-        )
-        if self.feed.precomputed:
-            example |= {name: np.frombuffer(row[name], np.float16) for name in PRECOMPUTED}
-        return example
 
 
 def rows_per_task(image_size: int, encoder_size: int) -> int:
@@ -254,8 +254,7 @@ def sample_name(sample: int) -> str:
 
 def first_examples(feed: TrainingFeed, count: int) -> dict[str, Tensor]:
     """The first rows of the shards as one batch, augmented the same way every time; for validation."""
-    examples = Examples(feed=feed, start=0, stop=0, steps_per_task=0, share=(0, 1))
-    made = [examples._example(row, 0) for row in islice(feed.shards.read_rows(), count)]
+    made = [feed.example(row, 0) for row in islice(feed.shards.read_rows(), count)]
     return unpacked({name: torch.from_numpy(np.stack([each[name] for each in made])) for name in made[0]})
 
 

@@ -124,9 +124,8 @@ class PersonalizeConfig:
             raise ParameterError(f"max_failures must be a number of at least 0, is {self.max_failures}; pass one")
         engine_config(self.row_budget, exact=self.exact, compiled=self.compile)
         if self.image_format not in OUTPUT_FORMATS:
-            raise ParameterError(
-                f"image_format {self.image_format!r} is not written here. {did_you_mean(self.image_format, OUTPUT_FORMATS)}"
-            )
+            meant = did_you_mean(self.image_format, OUTPUT_FORMATS)
+            raise ParameterError(f"image_format {self.image_format!r} is not written here. {meant}")
         if self.exact and self.row_budget is None:
             raise ParameterError(
                 "exact needs a row_budget, since each actor would measure its own; pass one, such as 8"

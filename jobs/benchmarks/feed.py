@@ -20,7 +20,7 @@ from jobs import cli
 from jobs.benchmarks.goals import at_least, conclude
 from jobs.benchmarks.timing import machine
 from jobs.cluster import ray_cluster
-from pipelines.feed import TASK_CPUS, Examples, Shards, TrainingFeed, rows_per_task
+from pipelines.feed import TASK_CPUS, Shards, TrainingFeed, rows_per_task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +57,7 @@ class Positions(Dataset[dict[str, torch.Tensor]]):
         return self.count
 
     def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
-        examples = Examples(feed=self.feed, start=0, stop=0, steps_per_task=0, share=(0, 1))
-        return {name: torch.tensor(value) for name, value in examples.at(self.feed.order(), position).items()}
+        return {name: torch.tensor(value) for name, value in self.feed.at(self.feed.order(), position).items()}
 
 
 def feed(options: cli.Flat[FeedBenchmark]) -> None:
