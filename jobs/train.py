@@ -11,7 +11,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import ray
@@ -34,7 +34,6 @@ from instantbooth.training.session import WEIGHTS, check_run
 from jobs import cli
 from jobs.cluster import ray_cluster
 from jobs.tracked import Tracking
-from pipelines.curation.shards import VALIDATION
 from pipelines.feed import Shards
 from pipelines.model import ModelConfig
 from pipelines.trainer import Ending, Monitor, TrainConfig, TrainingJob, ValidationConfig, train_worker
@@ -93,13 +92,16 @@ def train(config: TrainConfig) -> TrainReport:
     were skipped, StoppedError after SIGTERM.
     """
     config = config.absolute()
-    shards = Shards.of(config.data)
+    # Its workers, and those of a restart, start from the same version, wherever an alias moves meanwhile.
+    config = replace(config, model=config.model.pinned())
+    shards, held_out = config.splits()
     check_cluster(config)
     check_judges(config)
-    _check_shards(config, shards)
+    _check_shards(config, shards, held_out)
     booth = config.start(device="cpu")
     fingerprint = config.fingerprint(shards, booth)
     done = _done(config, fingerprint)
+    config.keep_data()
     preparer = ExamplePreparer(
         tokenizer=booth.base.tokenizer,
         image_size=booth.base.image_size,
@@ -108,7 +110,7 @@ def train(config: TrainConfig) -> TrainReport:
         augmentation=config.augmentation,
         with_pixels=not config.precomputed,
     )
-    job = TrainingJob(config=config, shards=shards, prepare=preparer, fingerprint=fingerprint)
+    job = TrainingJob(config=config, shards=shards, held_out=held_out, prepare=preparer, fingerprint=fingerprint)
     with _tracked(config, shards) as tracking:
         if done < config.adapters.steps:
             _raise_for(_fit(job, done))
@@ -118,9 +120,8 @@ def train(config: TrainConfig) -> TrainReport:
     return TrainReport(run_id=run_id, weights=version, folder=folder, steps=step)
 
 
-def _check_shards(config: TrainConfig, shards: Shards) -> None:
+def _check_shards(config: TrainConfig, shards: Shards, held_out: Shards) -> None:
     """Raises TrainingError for shards that cannot be trained on as is asked, before anything is."""
-    held_out = Shards.of(config.data, VALIDATION)
     if config.validation.every and not held_out.uris:
         raise TrainingError(
             f"validation.every is {config.validation.every}, and {config.data} holds out no pairs to validate on; "

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import io
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
@@ -75,13 +75,14 @@ class Shards:
         return sha256("".join(self.digests).encode()).hexdigest()
 
     @classmethod
-    def of(cls, dataset: str, split: str = TRAIN) -> Shards:
-        """Reads the manifest in an ingestion's output folder. StorageError where there is none, or a foreign one."""
+    def of(cls, dataset: str, split: str = TRAIN, manifest: Mapping[str, Any] | None = None) -> Shards:
+        """What the manifest in an ingestion's output folder lists, or an earlier `manifest` of it.
+
+        StorageError where there is none, or a foreign one.
+        """
         store = open_store(dataset)
-        try:
-            manifest = read_manifest(dataset)
-        except MissingObjectError as error:
-            raise StorageError(f"there is no {MANIFEST} in {dataset}; point to an ingestion that finished") from error
+        if manifest is None:
+            manifest = finished_manifest(dataset)
         chosen = [entry for entry in manifest["files"] if entry["split"] == split and entry["rows"]]
         made_by = manifest.get("precomputed")
         return cls(
@@ -239,6 +240,14 @@ class Examples:
     def _steps(self, task: int) -> tuple[int, int]:
         first = self.start + task * self.steps_per_task
         return first, min(first + self.steps_per_task, self.stop)
+
+
+def finished_manifest(dataset: str) -> dict[str, Any]:
+    """Of an ingestion's output folder. StorageError where there is none, or a foreign one."""
+    try:
+        return read_manifest(dataset)
+    except MissingObjectError as error:
+        raise StorageError(f"there is no {MANIFEST} in {dataset}; point to an ingestion that finished") from error
 
 
 def rows_per_task(image_size: int, encoder_size: int) -> int:

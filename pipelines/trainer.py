@@ -11,6 +11,7 @@ The run's folder, at file:// or s3://, holds all there is to go on from:
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import os
 import platform
@@ -42,13 +43,15 @@ from instantbooth.training.adapters import AdapterTrainingConfig, ExamplePrepare
 from instantbooth.training.checkpoints import Checkpoints, Saver, log_bytes
 from instantbooth.training.flops import seconds_at_peak
 from instantbooth.training.session import ComputeConfig, Outcome, TrainingSession
-from pipelines.curation.shards import VALIDATION
-from pipelines.feed import Shards, TrainingFeed, first_examples, rows_per_task, sample_name
+from pipelines.curation.shards import TRAIN, VALIDATION
+from pipelines.feed import Shards, TrainingFeed, finished_manifest, first_examples, rows_per_task, sample_name
 from pipelines.model import ModelConfig
 from pipelines.pace import Pace
 from pipelines.probe import judged, validation_pictures
 
 LOG = "log/"
+DATA = "data.json"
+"""The data's manifest as the run found it."""
 PICTURES = "pictures"
 REPORT_EVERY_S = 0.5
 LEAST = {"workers": 1, "gpus_per_worker": 0, "checkpoint_every": 1, "keep_last": 1, "keep_best": 0}
@@ -141,6 +144,23 @@ class TrainConfig:
         """Those of the run."""
         return Checkpoints(store=open_store(self.output), keep_last=self.keep_last, keep_best=self.keep_best)
 
+    def splits(self) -> tuple[Shards, Shards]:
+        """What to train and what to validate on: as it was when the run began, whatever is ingested since.
+
+        Raises StorageError.
+        """
+        store = open_store(self.output)
+        kept = json.loads(store.get(DATA)) if store.exists(DATA) else {}
+        manifest = kept["manifest"] if kept.get("data") == self.data else finished_manifest(self.data)
+        return Shards.of(self.data, TRAIN, manifest), Shards.of(self.data, VALIDATION, manifest)
+
+    def keep_data(self) -> None:
+        """Has `splits` find the same ever after."""
+        store = open_store(self.output)
+        if not store.exists(DATA):
+            kept = {"data": self.data, "manifest": finished_manifest(self.data)}
+            store.put(DATA, json.dumps(kept).encode())
+
     def fingerprint(self, shards: Shards, booth: Personalizer) -> str:
         """What a run keeps to its end: which sample comes when, and the content of the models that stay frozen."""
         base = locate(model_parts(self.model.base, None, self.model.image_encoder, None).base)
@@ -164,6 +184,8 @@ class TrainingJob:
 
     config: TrainConfig
     shards: Shards
+    held_out: Shards
+    """For validation."""
     prepare: ExamplePreparer
     fingerprint: str
     """TrainConfig's."""
@@ -352,8 +374,7 @@ class Worker:
             self.validation = shaped(validation_batch(self.job), self.session.booth)
         metrics = self.session.validation_loss(self.validation) if self.validation else {}
         with self.session.averaged() as booth:
-            shards = Shards.of(self.config.data, VALIDATION)
-            sheet = validation_pictures(booth, shards, settings.pictures) if settings.pictures else None
+            sheet = validation_pictures(booth, self.job.held_out, settings.pictures) if settings.pictures else None
             if settings.identities and (judges := judges_of(self.config.model.base)):
                 metrics |= judged(booth, judges, settings.identities)
         if sheet:
@@ -380,8 +401,8 @@ class Worker:
         if outcome.skipped and guard.exhausted:
             failure = (
                 f"step {self.session.step}: {outcome.skipped}; {guard.skipped} batches were skipped, at most "
-                f"{guard.max_skipped} may be; lower the learning rates, or look at the samples in {self.config.output}/"
-                f"{LOG} that say so"
+                f"{guard.max_skipped} may be; look at the samples in {self.config.output}/{LOG} that say so, lower the "
+                "learning rates, or raise --compute.max-skipped"
             )
         stopped = outcome.stop and self.session.step < self.config.adapters.steps
         return Ending(step=self.session.step, stopped=stopped, failure=failure)
@@ -452,7 +473,7 @@ def training_feed(job: TrainingJob) -> TrainingFeed:
 def validation_batch(job: TrainingJob) -> dict[str, Tensor]:
     """The first pairs of the validation split as one batch; empty where the split is."""
     feed = TrainingFeed(
-        shards=Shards.of(job.config.data, VALIDATION),
+        shards=job.held_out,
         prepare=job.prepare,
         seed=job.config.adapters.seed,
         batch_size=1,

@@ -216,7 +216,7 @@ def _list_files(source: str) -> tuple[str, list[File]]:
         infos = [info]
         if info.type == pyarrow.fs.FileType.Directory:
             infos = filesystem.get_file_info(pyarrow.fs.FileSelector(root, recursive=True))
-    except OSError as error:
+    except (OSError, pyarrow.ArrowException) as error:
         raise StorageError(f"cannot list {source}: {error}; check the name, and that access is allowed") from error
     if info.type == pyarrow.fs.FileType.NotFound:
         raise StorageError(f"there is nothing at {source}; check the name")

@@ -99,9 +99,9 @@ def weights_folder(weights: str, registry_uri: str | None = None) -> str:
     """
     if not weights.startswith("models:/"):
         return weights
-    from instantbooth.tracking import Registry, resolve_version
+    from instantbooth.tracking import Registry, absolute_tracking_uri, resolve_version
 
-    uri = registry_uri or tracking_uri()
+    uri = absolute_tracking_uri(registry_uri or tracking_uri())
     version = resolve_version(weights, uri)
     registry = sha256(uri.encode()).hexdigest()[:12]
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "instantbooth"

@@ -171,7 +171,7 @@ def test_workers_that_are_started_again_learn_what_no_restart_mends() -> None:
     assert train_worker({"job": None, "monitor": monitor}) == Ending(step=0, failure="the caption is too long")
 
 
-def test_a_run_of_the_same_name_continues_from_its_last_checkpoint(
+def test_a_run_of_the_same_name_continues_from_its_last_checkpoint_whatever_is_ingested_since(
     project: Project, trained: TrainReport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(project.folder)
@@ -179,7 +179,12 @@ def test_a_run_of_the_same_name_continues_from_its_last_checkpoint(
     model = ModelConfig(
         base="model/base", image_encoder="model/clip", weights="weights", tracking_uri="sqlite:///mlflow.db"
     )
+    manifest = project.folder / "curated" / "manifest.json"
+    began_with = manifest.read_text()
+    files = [each for each in json.loads(began_with)["files"] if each["split"] != "train"]
+    manifest.write_text(json.dumps(json.loads(began_with) | {"files": files}))
     longer = train(replace(whole, data="curated", output="train/short", artifacts="artifacts", model=model))
+    manifest.write_text(began_with)
     run = TrackedRun(tracking_uri=project.model.tracking_uri, run_id=longer.run_id)
     assert [step for step, _ in run.curve("loss")][-2:] == [6, 7]
     assert longer.weights != trained.weights

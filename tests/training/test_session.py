@@ -271,6 +271,9 @@ def test_validation_measures_the_averaged_weights_at_fixed_noise(tiny: Path, bat
     first, again = (trained.validation_loss(batches[0]) for _ in range(2))
     assert first == again
     assert list(first) == ["validation/loss", *(f"validation/loss_t{t}" for t in (125, 375, 625, 875))]
+    many = {name: torch.cat([batch[name] for batch in batches[:2]]) for name in batches[0]}
+    in_parts = session(tiny, batch_size=1).validation_loss(many)
+    assert in_parts == pytest.approx(session(tiny, batch_size=8).validation_loss(many), rel=1e-5)
     trained.advance(batches[1])
     assert trained.validation_loss(batches[0]) != first
     assert all(p.requires_grad for p in trained.parameters)

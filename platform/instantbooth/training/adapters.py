@@ -100,6 +100,10 @@ class Draws:
     drop_image: Tensor
     """[B], True where patch features are."""
 
+    def __getitem__(self, rows: slice) -> Draws:
+        """Those of some of the batch's rows."""
+        return Draws(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
+
 
 class ExamplePreparer:
     """A pair becomes a training example, on a CPU worker; holds no model weights and pickles small."""

@@ -21,6 +21,8 @@ from instantbooth.training.adapters import AdapterObjective, AdapterTrainingConf
 from instantbooth.training.ema import EMA
 from instantbooth.training.guard import Guard
 
+NO_GRADIENT_ROWS = 4
+"""Rows without gradients that take no more memory than one with them: no activation outlives its layer."""
 STATE = "state.pt"
 ORDER = "order.txt"
 WEIGHTS = "weights"
@@ -134,15 +136,24 @@ class TrainingSession:
     def validation_loss(self, batch: Mapping[str, Tensor], *, buckets: int = 4) -> dict[str, float]:
         """Loss at fixed noise and at one fixed timestep in each of equal buckets, of the averaged weights.
 
-        Keys: validation/loss, and validation/loss_t125 … for each bucket's timestep.
+        Rows go through the model in parts that fit where training does. Keys: validation/loss, and
+        validation/loss_t125 … for each bucket's timestep.
         """
-        steps = self.booth.base.schedule.num_train_timesteps
+        steps, rows = self.booth.base.schedule.num_train_timesteps, len(batch["placeholder_position"])
+        world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        at_once = max(1, NO_GRADIENT_ROWS * self.config.batch_size // (world * self.compute.accumulation))
+        parts = [slice(start, min(rows, start + at_once)) for start in range(0, rows, at_once)]
         losses = {}
         with self.averaged(), self._autocast():
             for bucket in range(buckets):
                 timestep = (2 * bucket + 1) * steps // (2 * buckets)
-                draws = self.objective.fixed_draws(len(batch["placeholder_position"]), timestep)
-                losses[f"validation/loss_t{timestep:03d}"] = float(self.objective(dict(batch), draws))
+                draws = self.objective.fixed_draws(rows, timestep)
+                losses[f"validation/loss_t{timestep:03d}"] = sum(
+                    (part.stop - part.start)
+                    / rows
+                    * float(self.objective({name: each[part] for name, each in batch.items()}, draws[part]))
+                    for part in parts
+                )
         return {"validation/loss": sum(losses.values()) / len(losses), **losses}
 
     def snapshot(self) -> Callable[[], dict[str, bytes]]:
