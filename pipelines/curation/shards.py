@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from instantbooth.errors import ImageError
+from instantbooth.errors import ConditionalWriteError, ImageError
 from instantbooth.images import decode_image
 from instantbooth.ledger import digest_of
 from instantbooth.storage import ObjectStore, patiently
@@ -183,8 +183,17 @@ def thumbnail_of(image: bytes, mask: bytes = b"") -> bytes:
 
 
 def _put(store: ObjectStore, key: str, data: bytes) -> bytes:
-    """What is stored under the key in the end: an earlier run's bytes stand."""
-    return patiently(lambda: data if store.put_if_absent(key, data) else store.get(key))
+    """What is stored under the key in the end: an earlier run's bytes stand.
+
+    A store without conditional writes does as well for one run at a time: keys are digests of what lies there.
+    """
+    try:
+        return patiently(lambda: data if store.put_if_absent(key, data) else store.get(key))
+    except ConditionalWriteError:
+        if patiently(lambda: store.exists(key)):
+            return patiently(lambda: store.get(key))
+        patiently(lambda: store.put(key, data))
+        return data
 
 
 def _staged_table(pairs: Sequence[Pair]) -> pa.Table:

@@ -31,7 +31,7 @@ import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 
-from instantbooth.errors import ParameterError, StorageError
+from instantbooth.errors import OversizedObjectError, ParameterError, StorageError
 from instantbooth.ledger import digest_of
 from instantbooth.storage import FileStore, S3Store, check_key, check_uri, open_store, open_uri, patiently, read_uri
 from pipelines.curation.lists import Line, csv_lines, json_line, json_lines
@@ -312,6 +312,8 @@ def _fetch(value: object, unit: Unit) -> bytes:
     read = _reader(value, unit)
     try:
         return patiently(lambda: read(max_bytes=MAX_FILE_BYTES))
+    except OversizedObjectError as error:
+        raise Dropped(Reason.UNUSABLE_IMAGE, str(error)) from error
     except StorageError as error:
         raise Dropped(Reason.UNREADABLE, str(error)) from error
 

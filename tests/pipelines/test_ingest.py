@@ -36,7 +36,7 @@ from transformers import (
     SwinConfig,
 )
 
-from instantbooth.errors import ParameterError, StorageError, WeightsError
+from instantbooth.errors import ConditionalWriteError, ParameterError, StorageError, WeightsError
 from instantbooth.images import decode_image, mask_coverage
 from instantbooth.miniature.corpus import class_noun_of, identity_of, subject_seed
 from instantbooth.miniature.world import Scene, render
@@ -51,7 +51,7 @@ from pipelines.curation.duplicates import find_duplicates, look_of
 from pipelines.curation.lists import csv_lines, json_lines
 from pipelines.curation.pairs import Dropped, Pair, Reason, Slice
 from pipelines.curation.segment import SubjectFinder, load_model
-from pipelines.curation.shards import SCHEMA
+from pipelines.curation.shards import SCHEMA, stage, staged_key
 from pipelines.curation.sources import Columns, plan, read_slices, text_of
 from pipelines.curation.steps import Rules, decode, judge_mask, name_subject, part_areas
 from pipelines.curation.tars import tar_samples
@@ -788,3 +788,21 @@ def test_bad_configurations_and_unfinished_data_sets_are_refused_at_once(tmp_pat
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(WeightsError, match="no segmentation model"):
         load_model(tmp_path, None)  # type: ignore[arg-type]
+
+
+class Unconditional(FileStore):
+    """A store that has no conditional writes."""
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        raise ConditionalWriteError(f"cannot write {key}")
+
+
+def test_a_store_without_conditional_writes_does_for_one_run_at_a_time(tmp_path: Path) -> None:
+    store = Unconditional(tmp_path)
+    part = Slice(unit="u", source="s", number=0, last=True, digest="d", pairs=(), settled=True)
+    assert stage({"slice": part}, store=store)["digest"] == "d"
+    written = store.get(staged_key("d"))
+    assert pq.read_table(io.BytesIO(written)).num_rows == 0
+    store.put(staged_key("d"), b"an earlier run's")
+    stage({"slice": part}, store=store)
+    assert store.get(staged_key("d")) == b"an earlier run's"
