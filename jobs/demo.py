@@ -24,8 +24,9 @@ from instantbooth.errors import InstantBoothError, ParameterError
 from instantbooth.evaluation.judges import AttributeJudge, IdentityJudge
 from instantbooth.evaluation.metrics import identification_top1, prompt_accuracy
 from instantbooth.images import decode_image
-from instantbooth.manifest import MAX_IMAGES, ManifestRow
+from instantbooth.manifest import ManifestRow
 from instantbooth.miniature.samples import SUBJECTS_PER_SET, write_manifest, write_pairs
+from instantbooth.parameters import MAX_REFERENCES
 from instantbooth.presets import miniature_folder, tracking_uri
 from instantbooth.storage import FileStore, read_uri
 from instantbooth.tracking import TrackedRun
@@ -79,8 +80,8 @@ class DemoConfig:
                 f"subjects must be at least 1 and pairs at least a batch ({self.training.batch_size}),"
                 f" are {self.subjects} and {self.pairs}; raise them"
             )
-        if not 1 <= self.references <= MAX_IMAGES:
-            raise ParameterError(f"references must be from 1 to {MAX_IMAGES}, is {self.references}; correct it")
+        if not 1 <= self.references <= MAX_REFERENCES:
+            raise ParameterError(f"references must be from 1 to {MAX_REFERENCES}, is {self.references}; correct it")
         self.model.identity()
         if self.judges is not None:
             load_judges(self.judges)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from instantbooth.prompts import SUBJECT_FIELD
 from pipelines.page import render
 
 TILE = 192
@@ -99,7 +100,7 @@ def write_contact_sheet(path: Path, subjects: Sequence[Subject]) -> None:
     pen = ImageDraw.Draw(sheet)
     _write(pen, (GAP, HEAD), "reference images", MUTED)
     for column, prompt in enumerate(first.prompts):
-        _write(pen, (left + 2 * GAP + column * (TILE + GAP), HEAD), prompt.replace("{subject}", "…"), INK)
+        _write(pen, (left + 2 * GAP + column * (TILE + GAP), HEAD), prompt.replace(SUBJECT_FIELD, "…"), INK)
     for line, subject in enumerate(subjects):
         y = HEAD + line * (TILE + GAP)
         for column, image in enumerate([*subject.references, *subject.pictures]):

@@ -23,7 +23,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from instantbooth.parameters import RANGES
+from instantbooth.parameters import MAX_REFERENCES, RANGES, SAMPLERS
 from instantbooth.prompts import CLASS_NOUNS
 from instantbooth.storage import open_store
 from serve.asgi import BodyLimit, Envelope, Errors, Keys, answer
@@ -71,7 +71,6 @@ from serve.stages import LOST, PAUSE_S, READY_S, Stages, ask_all
 
 logger = logging.getLogger("ray.serve")
 
-MAX_REFERENCES = 16
 FOLLOWERS = 100
 """Calls of a tenant that an ingress replica lets wait for jobs beyond those that hold places of their own: events of a
 job, and repetitions of an Idempotency-Key. Eight such replicas leave the jobs' replica room for others."""
@@ -544,7 +543,7 @@ def _model(config: ServeConfig, created: int, described: dict[str, Any]) -> Mode
         base=Path(config.base).name,
         weights=described["weights"],
         class_nouns={name: list(nouns) for name, nouns in CLASS_NOUNS.items()},
-        samplers=["ddim", "euler", "dpmsolver++"],
+        samplers=list(SAMPLERS),
         limits=Limits(
             max_body_bytes=config.max_body_bytes,
             max_json_bytes=MAX_JSON_BYTES,

@@ -18,6 +18,7 @@ from instantbooth.engine import Engine, EngineConfig, Progress, Ticket
 from instantbooth.errors import EngineError
 from instantbooth.images import encode_image
 from instantbooth.model.personalizer import Request
+from instantbooth.prompts import SUBJECT_FIELD
 from instantbooth.storage import open_store
 from serve.cache import ConceptCache
 from serve.concepts import ConceptStore
@@ -171,7 +172,7 @@ class DiffusionEngine:
 
     def _warm_up(self) -> None:
         concept = warm_up(self.booth.subject_encoder)
-        [request] = self.booth.requests("{subject}", concept, num_inference_steps=2)
+        [request] = self.booth.requests(SUBJECT_FIELD, concept, num_inference_steps=2)
         self.engine.submit(request).result()
 
     def _sweep(self, every_s: float) -> None:

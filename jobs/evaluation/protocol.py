@@ -30,9 +30,8 @@ from instantbooth.evaluation.metrics import check_wanted
 from instantbooth.evaluation.miniature_cases import draw_cases
 from instantbooth.evaluation.photographs import Dataset, Split, list_dreambench, list_identities
 from instantbooth.model.base import locate
-from instantbooth.model.samplers import SAMPLERS
 from instantbooth.model.weights import CONFIG_FILE
-from instantbooth.parameters import check_range
+from instantbooth.parameters import SAMPLERS, check_range
 from instantbooth.presets import ModelPreset, miniature_folder, miniature_preset, weights_folder
 from instantbooth.prompts import class_of
 from instantbooth.storage import open_store

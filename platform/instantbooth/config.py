@@ -26,7 +26,7 @@ class GenerationDefaults:
     num_inference_steps: int = 25
     """Denoising steps."""
     sampler: str = "dpmsolver++"
-    """One of instantbooth.model.samplers.SAMPLERS."""
+    """One of instantbooth.parameters.SAMPLERS."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,19 +30,16 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from instantbooth.errors import ManifestError, StorageError, did_you_mean
-from instantbooth.parameters import RANGES, range_fault
-from instantbooth.prompts import CLASS_NOUNS, MAX_PROMPT_CHARS
+from instantbooth.parameters import MAX_REFERENCES, RANGES, SAMPLERS, range_fault
+from instantbooth.prompts import CLASS_NOUNS, MAX_PROMPT_CHARS, SUBJECT_FIELD
 from instantbooth.storage import check_object_uri
 
 ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
 SIZE_STEP = 8
 """Both sides of every picture are multiples of this many pixels; the model may ask for more."""
-MAX_IMAGES = 16
-SUBJECT = "{subject}"
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 """Control characters that are no white space: a picture cannot carry a prompt with NUL, and none of them is meant."""
-SAMPLERS = ("ddim", "euler", "dpmsolver++")
 SEPARATOR = "|"
 """Between the texts of a list in a CSV cell: rare in prompts and in URIs, unlike commas and semicolons."""
 
@@ -116,16 +113,7 @@ PASSED_OVER = ("code", "error", "pictures")
 """What failed.jsonl says of a row beside the row itself: what was wrong, and which of its pictures were made."""
 COLUMNS = (*FIELDS, PROMPT_SET, *PASSED_OVER)
 LISTS = ("images", "masks", "prompts")
-NUMBERS = (
-    "num_images_per_prompt",
-    "seed",
-    "num_inference_steps",
-    "guidance_scale",
-    "adapter_scale",
-    "concept_scale",
-    "attempt",
-)
-WHOLE_NUMBERS = tuple(name for name in NUMBERS if RANGES[name].whole)
+WHOLE_NUMBERS = tuple(name for name in RANGES if RANGES[name].whole)
 NULLABLE = tuple(each.name for each in fields(ManifestRow) if each.default is None)
 DEFAULTS = dict.fromkeys(NULLABLE) | {"num_images_per_prompt": 1, "metadata": {}, "attempt": 0}
 
@@ -334,7 +322,7 @@ def _csv_value(name: str, cell: str) -> Any:
     text = cell.strip()
     if not text:
         return None
-    if name in NUMBERS:
+    if name in RANGES:
         return _number(text)
     if name in LISTS and not text.startswith("["):
         return [part.strip() for part in text.split(SEPARATOR)]
@@ -395,7 +383,7 @@ def _faults(record: Mapping[str, Any]) -> Iterator[str]:
     for name, value in record.items():
         if value is None and name in NULLABLE:
             continue
-        fault = range_fault(name, value) if name in NUMBERS else RULES[name](value)
+        fault = range_fault(name, value) if name in RANGES else RULES[name](value)
         if fault:
             yield f"{name}: {fault}"
     images, masks = record.get("images"), record.get("masks")
@@ -419,8 +407,8 @@ def _class_noun_fault(value: object) -> str | None:
 def _negative_prompt_fault(value: object) -> str | None:
     if not isinstance(value, str):
         return f"must be text, is {_shown(value)}; put it in quotes"
-    if SUBJECT in value:
-        return f"must not hold {SUBJECT}, is {_shown(value)}; remove it"
+    if SUBJECT_FIELD in value:
+        return f"must not hold {SUBJECT_FIELD}, is {_shown(value)}; remove it"
     return _text_fault(value)
 
 
@@ -452,9 +440,9 @@ def _metadata_fault(value: object) -> str | None:
 
 
 def _uris_fault(value: object) -> str | None:
-    if not isinstance(value, (list, tuple)) or not 1 <= len(value) <= MAX_IMAGES:
+    if not isinstance(value, (list, tuple)) or not 1 <= len(value) <= MAX_REFERENCES:
         found = f"{len(value)} of them" if isinstance(value, (list, tuple)) else _shown(value)
-        return f"must be a list of 1 to {MAX_IMAGES} URIs, is {found}; list them in brackets"
+        return f"must be a list of 1 to {MAX_REFERENCES} URIs, is {found}; list them in brackets"
     for uri in value:
         try:
             check_object_uri(uri)
@@ -467,9 +455,10 @@ def _prompts_fault(value: object) -> str | None:
     if not isinstance(value, (list, tuple)) or not value:
         return f"must be a list of at least one prompt, is {_shown(value)}; list them in brackets"
     for prompt in value:
-        if not isinstance(prompt, str) or prompt.count(SUBJECT) != 1:
+        if not isinstance(prompt, str) or prompt.count(SUBJECT_FIELD) != 1:
             return (
-                f"must each hold {SUBJECT} exactly once, one is {_shown(prompt)}; put {SUBJECT} where the subject goes"
+                f"must each hold {SUBJECT_FIELD} exactly once, one is {_shown(prompt)}; "
+                f"put {SUBJECT_FIELD} where the subject goes"
             )
         if fault := _text_fault(prompt):
             return fault

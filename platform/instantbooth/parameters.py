@@ -18,6 +18,10 @@ class Range:
     whole: bool = False
 
 
+SAMPLERS: tuple[str, ...] = ("ddim", "euler", "dpmsolver++")
+MAX_REFERENCES = 16
+"""Reference images of a subject in a manifest or a request; the library itself takes any number."""
+
 RANGES = {
     "num_inference_steps": Range(low=1, high=1000, whole=True),
     "guidance_scale": Range(low=0, high=30),

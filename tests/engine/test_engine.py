@@ -25,7 +25,7 @@ from instantbooth.engine.concepts import KeysValuesCache, size_of
 from instantbooth.engine.knee import RowBudgets, measure_budgets
 from instantbooth.errors import DeadlineError, EngineError, OverloadedError, ParameterError, PictureError
 from instantbooth.model.personalizer import Request
-from instantbooth.model.samplers import SAMPLERS
+from instantbooth.parameters import SAMPLERS
 from jobs.benchmarks.delays import delays
 from tests.tiny import portrait
 

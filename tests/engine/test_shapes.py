@@ -17,7 +17,7 @@ from instantbooth.engine.knee import MOST_REFERENCES
 from instantbooth.engine.shapes import Shapes, default_buckets
 from instantbooth.errors import EngineError
 from instantbooth.model.personalizer import Request
-from instantbooth.model.samplers import SAMPLERS
+from instantbooth.parameters import SAMPLERS
 from tests.tiny import portrait
 
 

@@ -5,7 +5,8 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 
 from instantbooth.errors import ParameterError
-from instantbooth.model.samplers import SAMPLERS, NoiseSchedule, sampler_step, sampler_table
+from instantbooth.model.samplers import NoiseSchedule, sampler_step, sampler_table
+from instantbooth.parameters import SAMPLERS
 
 SCHEDULERS = {"ddim": DDIMScheduler, "euler": EulerDiscreteScheduler, "dpmsolver++": DPMSolverMultistepScheduler}
 STABLE_DIFFUSION = {

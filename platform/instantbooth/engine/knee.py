@@ -15,13 +15,12 @@ from instantbooth.engine.scheduler import Size
 from instantbooth.model.adapter import KeysValues
 from instantbooth.model.denoise import Row, RowBatch
 from instantbooth.model.samplers import sampler_table
+from instantbooth.parameters import MAX_REFERENCES
 
 NEAR_BEST = 0.95
 """The knee is the smallest number of rows that reaches this share of the best rows per second."""
 TYPICAL_REFERENCES = 3
 """Reference images of the subjects that are measured."""
-MOST_REFERENCES = 16
-"""Of the subjects for whom memory must suffice, as many as a manifest's row may have."""
 REPEATS = 3
 """Measurements of each step."""
 PATIENCE_S = 20.0
@@ -96,9 +95,7 @@ def measure_steps(
     """
     seconds: dict[int, float] = {}
     started = time.perf_counter()
-    typical, largest = (
-        keys_values_of_nobody(booth, references) for references in (TYPICAL_REFERENCES, MOST_REFERENCES)
-    )
+    typical, largest = (keys_values_of_nobody(booth, references) for references in (TYPICAL_REFERENCES, MAX_REFERENCES))
     rows = 1
     while rows <= max_rows and (rows <= least_rows or time.perf_counter() - started < patience_s):
         try:

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from instantbooth import Personalizer
-from instantbooth.engine.knee import MOST_REFERENCES, keys_values_of_nobody, row_of_nobody
+from instantbooth.engine.knee import keys_values_of_nobody, row_of_nobody
 from instantbooth.errors import EngineError
 from instantbooth.model.conditioning import reference_tokens
 from instantbooth.model.denoise import BatchShape, Row, RowBatch
+from instantbooth.parameters import MAX_REFERENCES
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Shapes:
-    """Batches hold a bucket's number of requests, all guided or none, each with MOST_REFERENCES unless one has more."""
+    """Batches hold a bucket's number of requests, all guided or none, each with MAX_REFERENCES unless one has more."""
 
     buckets: tuple[int, ...]
     """Numbers of requests, rising. Empty pads nothing."""
@@ -57,7 +58,7 @@ class Shapes:
         return BatchShape(
             conditional=requests,
             unconditional=requests if guided else 0,
-            reference_tokens=max(tokens, MOST_REFERENCES * self.tokens_per_image),
+            reference_tokens=max(tokens, MAX_REFERENCES * self.tokens_per_image),
         )
 
 

@@ -10,9 +10,10 @@ import numpy as np
 from PIL import Image
 
 from instantbooth.images import encode_png
-from instantbooth.manifest import SUBJECT, ManifestRow
+from instantbooth.manifest import ManifestRow
 from instantbooth.miniature.corpus import class_noun_of, draw_noun, identity_of, subject_seed
 from instantbooth.miniature.world import SIZE, Picture, Scene, caption_of, render
+from instantbooth.prompts import SUBJECT_FIELD
 from instantbooth.storage import ObjectStore
 
 SPLIT = "demo"
@@ -99,7 +100,7 @@ def write_manifest(store: ObjectStore, prefix: str, *, subjects: int, references
             images=tuple(images),
             masks=tuple(masks),
             class_noun=noun,
-            prompts=tuple(caption_of(wanted, SUBJECT) for wanted in kinds.values()),
+            prompts=tuple(caption_of(wanted, SUBJECT_FIELD) for wanted in kinds.values()),
             metadata={
                 "seed": seed,
                 "kinds": list(kinds),

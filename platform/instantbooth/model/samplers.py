@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from instantbooth.errors import ParameterError, did_you_mean
+from instantbooth.parameters import SAMPLERS
 
-SAMPLERS: tuple[str, ...] = ("ddim", "euler", "dpmsolver++")
 PREDICTION_TYPES: tuple[str, ...] = ("epsilon", "v_prediction", "sample")
 TIMESTEP_SPACINGS: tuple[str, ...] = ("leading", "linspace", "trailing")
 BETA_SCHEDULES: tuple[str, ...] = ("linear", "scaled_linear", "squaredcos_cap_v2")

@@ -27,7 +27,7 @@ class Sampling:
     """How pictures are sampled; one for all methods that are compared."""
 
     sampler: str = "dpmsolver++"
-    """One of instantbooth.model.samplers.SAMPLERS."""
+    """One of instantbooth.parameters.SAMPLERS."""
     num_inference_steps: int = 25
     """Denoising steps."""
     guidance_scale: float = 7.5
