@@ -43,6 +43,16 @@ def test_an_address_without_a_ray_is_told_in_a_line() -> None:
     assert "Traceback" not in ended.stderr
 
 
+def test_ctrl_c_while_modules_are_imported_leaves_no_traceback() -> None:
+    code = "import jobs; raise {}"
+    stopped, broken = (
+        subprocess.run([sys.executable, "-c", code.format(error)], cwd=ROOT, capture_output=True, text=True)
+        for error in ("KeyboardInterrupt", "RuntimeError")
+    )
+    assert (stopped.stderr, stopped.returncode != 0) == ("", True)
+    assert "RuntimeError" in broken.stderr
+
+
 def test_a_bar_that_learns_nothing_hides_no_ending() -> None:
     def look() -> tuple[int, str]:
         raise ConnectionError("whom it asks is gone")
