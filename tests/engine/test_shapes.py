@@ -13,11 +13,10 @@ from hypothesis import strategies as st
 
 from instantbooth import Concept, Personalizer
 from instantbooth.engine import Engine, EngineConfig
-from instantbooth.engine.knee import MOST_REFERENCES
 from instantbooth.engine.shapes import Shapes, default_buckets
 from instantbooth.errors import EngineError
 from instantbooth.model.personalizer import Request
-from instantbooth.parameters import SAMPLERS
+from instantbooth.parameters import MAX_REFERENCES, SAMPLERS
 from tests.tiny import portrait
 
 
@@ -40,11 +39,11 @@ def test_every_batch_within_the_budget_has_one_of_few_shapes(
 
 def test_a_concept_of_more_pictures_than_any_shape_keeps_all_its_tokens() -> None:
     shapes = Shapes(buckets=(2,), tokens_per_image=5)
-    keys = torch.zeros(1, 1, (MOST_REFERENCES + 1) * 5, 8)
+    keys = torch.zeros(1, 1, (MAX_REFERENCES + 1) * 5, 8)
     row = SimpleNamespace(guided=False, keys_values={"layer": (keys, keys)})
     shape = shapes.of([row])  # type: ignore[list-item]
     assert shape is not None
-    assert shape.reference_tokens == (MOST_REFERENCES + 1) * 5
+    assert shape.reference_tokens == (MAX_REFERENCES + 1) * 5
 
 
 def test_without_padding_the_budget_is_filled_and_with_it_no_batch_is_larger() -> None:
