@@ -35,7 +35,7 @@ def test_a_part_that_is_not_there_is_named_before_anything_is_loaded(model: Mode
         ({"image_encoder": "/no/clip"}, "'/no/clip' is no folder"),
         ({"segmenter": "/no/segmenter"}, "'/no/segmenter' is no folder"),
         ({"weights": None}, "comes without trained weights"),
-        ({"weights": "/no/weights"}, "/no/weights is no folder"),
+        ({"weights": "/no/weights"}, "/no/weights/config.json does not exist"),
         ({"weights": str(tmp_path.parent)}, "config.json does not exist"),
     ):
         with pytest.raises(WeightsError, match=words):

@@ -16,7 +16,7 @@ from PIL import Image
 
 from instantbooth import Personalizer
 from instantbooth.errors import ImageError, MissingObjectError, OversizedObjectError, StorageError
-from instantbooth.images import decode_image
+from instantbooth.images import decode_reference
 from instantbooth.ledger import RECORDS
 from instantbooth.manifest import ManifestRow
 from instantbooth.storage import FileStore
@@ -142,9 +142,9 @@ def test_a_task_decodes_one_picture_at_a_time(bench: Bench, monkeypatch: pytest.
         most.append(len(decoding))
         time.sleep(0.02)
         decoding.remove(name)
-        return decode_image(data, name=name)
+        return decode_reference(data, name=name)
 
-    monkeypatch.setattr("pipelines.stages.decode_image", decode)
+    monkeypatch.setattr("pipelines.stages.decode_reference", decode)
     bench.fetched(*(bench.row(f"row-{number}") for number in range(4)))
     assert most == [1] * 4
 
