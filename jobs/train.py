@@ -34,6 +34,7 @@ from instantbooth.training.session import WEIGHTS, check_run
 from jobs import cli
 from jobs.cluster import ray_cluster
 from jobs.tracked import Tracking
+from pipelines.curation.shards import TRAIN, VALIDATION
 from pipelines.feed import Shards
 from pipelines.model import ModelConfig
 from pipelines.trainer import Ending, Monitor, TrainConfig, TrainingJob, ValidationConfig, train_worker
@@ -94,14 +95,15 @@ def train(config: TrainConfig) -> TrainReport:
     config = config.absolute()
     # Its workers, and those of a restart, start from the same version, wherever an alias moves meanwhile.
     config = replace(config, model=config.model.pinned())
-    shards, held_out = config.splits()
+    manifest = config.manifest()
+    shards, held_out = (Shards.of(config.data, split, manifest) for split in (TRAIN, VALIDATION))
     check_cluster(config)
     check_judges(config)
     _check_shards(config, shards, held_out)
     booth = config.start(device="cpu")
     fingerprint = config.fingerprint(shards, booth)
     done = _done(config, fingerprint)
-    config.keep_data()
+    config.keep(manifest)
     preparer = ExamplePreparer(
         tokenizer=booth.base.tokenizer,
         image_size=booth.base.image_size,

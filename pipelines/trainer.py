@@ -43,7 +43,6 @@ from instantbooth.training.adapters import AdapterTrainingConfig, ExamplePrepare
 from instantbooth.training.checkpoints import Checkpoints, Saver, log_bytes
 from instantbooth.training.flops import seconds_at_peak
 from instantbooth.training.session import ComputeConfig, Outcome, TrainingSession
-from pipelines.curation.shards import TRAIN, VALIDATION
 from pipelines.feed import Shards, TrainingFeed, finished_manifest, first_examples, rows_per_task, sample_name
 from pipelines.model import ModelConfig
 from pipelines.pace import Pace
@@ -144,22 +143,16 @@ class TrainConfig:
         """Those of the run."""
         return Checkpoints(store=open_store(self.output), keep_last=self.keep_last, keep_best=self.keep_best)
 
-    def splits(self) -> tuple[Shards, Shards]:
-        """What to train and what to validate on: as it was when the run began, whatever is ingested since.
-
-        Raises StorageError.
-        """
+    def manifest(self) -> dict[str, Any]:
+        """The data's, as it was when the run began, whatever is ingested since. Raises StorageError."""
         store = open_store(self.output)
         kept = json.loads(store.get(DATA)) if store.exists(DATA) else {}
-        manifest = kept["manifest"] if kept.get("data") == self.data else finished_manifest(self.data)
-        return Shards.of(self.data, TRAIN, manifest), Shards.of(self.data, VALIDATION, manifest)
+        found: dict[str, Any] = kept["manifest"] if kept.get("data") == self.data else finished_manifest(self.data)
+        return found
 
-    def keep_data(self) -> None:
-        """Has `splits` find the same ever after."""
-        store = open_store(self.output)
-        if not store.exists(DATA):
-            kept = {"data": self.data, "manifest": finished_manifest(self.data)}
-            store.put(DATA, json.dumps(kept).encode())
+    def keep(self, manifest: dict[str, Any]) -> None:
+        """Has `manifest` find this one ever after."""
+        open_store(self.output).put(DATA, json.dumps({"data": self.data, "manifest": manifest}).encode())
 
     def fingerprint(self, shards: Shards, booth: Personalizer) -> str:
         """What a run keeps to its end: which sample comes when, and the content of the models that stay frozen."""

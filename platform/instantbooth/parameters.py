@@ -1,4 +1,4 @@
-"""The numbers a caller may choose for a generated image, and the range of each."""
+"""What a caller may choose for a generated image: numbers and the range of each, samplers, reference images."""
 
 from __future__ import annotations
 

@@ -139,22 +139,25 @@ class TrainingSession:
         Rows go through the model in parts that fit where training does. Keys: validation/loss, and
         validation/loss_t125 … for each bucket's timestep.
         """
-        steps, rows = self.booth.base.schedule.num_train_timesteps, len(batch["placeholder_position"])
-        world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        at_once = max(1, NO_GRADIENT_ROWS * self.config.batch_size // (world * self.compute.accumulation))
-        parts = [slice(start, min(rows, start + at_once)) for start in range(0, rows, at_once)]
+        steps = self.booth.base.schedule.num_train_timesteps
         losses = {}
         with self.averaged(), self._autocast():
             for bucket in range(buckets):
                 timestep = (2 * bucket + 1) * steps // (2 * buckets)
-                draws = self.objective.fixed_draws(rows, timestep)
-                losses[f"validation/loss_t{timestep:03d}"] = sum(
-                    (part.stop - part.start)
-                    / rows
-                    * float(self.objective({name: each[part] for name, each in batch.items()}, draws[part]))
-                    for part in parts
-                )
+                losses[f"validation/loss_t{timestep:03d}"] = self._loss_at(timestep, batch)
         return {"validation/loss": sum(losses.values()) / len(losses), **losses}
+
+    def _loss_at(self, timestep: int, batch: Mapping[str, Tensor]) -> float:
+        rows = len(batch["placeholder_position"])
+        world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        at_once = max(1, NO_GRADIENT_ROWS * self.config.batch_size // (world * self.compute.accumulation))
+        draws = self.objective.fixed_draws(rows, timestep)
+        total = 0.0
+        for start in range(0, rows, at_once):
+            part = slice(start, start + at_once)
+            examples = {name: values[part] for name, values in batch.items()}
+            total += len(examples["placeholder_position"]) * float(self.objective(examples, draws[part]))
+        return total / rows
 
     def snapshot(self) -> Callable[[], dict[str, bytes]]:
         """Copies the state now; what it returns makes files of the copy, at leisure and in any thread."""
