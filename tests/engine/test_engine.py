@@ -519,12 +519,16 @@ def test_decoding_does_not_hold_denoising_up_and_holds_new_requests_back(
 def test_a_lost_device_ends_the_engine_and_every_request(
     booth: Personalizer, concepts: list[Concept], part: str, caplog: pytest.LogCaptureFixture
 ) -> None:
+    submitted = Event()
+
     def lose(rows: int) -> None:
+        assert submitted.wait(20)
         raise torch.AcceleratorError("an illegal memory access at 0xsecret")
 
     module = booth.base.unet if part == "unet" else booth.base.vae.decoder
     with before(module, lose), Engine(booth, EngineConfig(row_budget=2, max_undecoded=1)) as engine:
         tickets = [engine.submit(request(booth, concepts[0], seed=seed)) for seed in range(4)]
+        submitted.set()
         for ticket in tickets:
             with pytest.raises(EngineError, match=r"^the engine broke down; start another$"):
                 ticket.result(20)
