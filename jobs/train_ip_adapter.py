@@ -24,6 +24,7 @@ from instantbooth.miniature.recipe import RECIPES
 from instantbooth.model.base import BaseModel, device_of
 from instantbooth.model.encoders import ImageEncoder
 from instantbooth.presets import miniature_folder
+from instantbooth.training.loop import last_loss
 from jobs import cli
 from jobs.recipes import RecipeOption
 
@@ -106,7 +107,7 @@ def _train(job: IPAdapterJob, models: Path, corpus: Corpus, variant: str, planne
     return {
         "parameters": sum(parameter.numel() for parameter in trained.trained.parameters()),
         "steps": len(losses),
-        "loss": sum(losses[-200:]) / len(losses[-200:]),
+        "loss": last_loss(losses),
         "seconds_of_the_last_run": round(time.perf_counter() - started),
     }
 

@@ -21,6 +21,7 @@ from instantbooth.model.base import locate
 from instantbooth.model.personalizer import Personalizer
 from instantbooth.presets import ModelPreset
 from instantbooth.training.adapters import AdapterTrainingConfig
+from instantbooth.training.loop import last_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +88,7 @@ def train_ablation(
         "title": ablation.title,
         "parameters": parameters,
         "steps": len(losses),
-        "loss": sum(losses[-200:]) / len(losses[-200:]),
+        "loss": last_loss(losses),
         "seconds_of_the_last_run": round(time.perf_counter() - started),
         "config": asdict(config),
         "tuned_rate": tuned_rate,

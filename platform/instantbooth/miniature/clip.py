@@ -14,8 +14,9 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPToken
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from instantbooth.miniature.corpus import Corpus
-from instantbooth.miniature.crops import SIZE, subject_crops
+from instantbooth.miniature.crops import subject_crops, to_unit
 from instantbooth.miniature.vocabulary import MAX_LENGTH
+from instantbooth.miniature.world import SIZE
 from instantbooth.training.attention import write_out_attention
 from instantbooth.training.loop import LoopConfig, train
 
@@ -98,11 +99,6 @@ def contrast(logits: Tensor) -> Tensor:
     return (F.cross_entropy(logits, matches) + F.cross_entropy(logits.T, matches)) / 2
 
 
-def to_unit(images: Tensor) -> Tensor:
-    """uint8 [N, H, W, 3] to float [N, 3, H, W] in 0 … 1."""
-    return images.permute(0, 3, 1, 2).float() / 255
-
-
 def scene_caption(corpus: Corpus, row: int, rng: np.random.Generator) -> str:
     """The picture's caption, half of the time with some of the identity's details after the noun."""
     caption, noun = corpus.captions[row], corpus.nouns[row]
@@ -135,25 +131,16 @@ def _embed(model: CLIPModel, tokenizer: CLIPTokenizer, pixels: Tensor, texts: Se
 
 
 @torch.no_grad()
-def retrieval_accuracy(
-    model: CLIPModel, tokenizer: CLIPTokenizer, corpus: Corpus, *, crops: bool = False, choices: int = 64
-) -> float:
+def retrieval_accuracy(model: CLIPModel, tokenizer: CLIPTokenizer, corpus: Corpus, *, choices: int = 64) -> float:
     """Share of pictures whose own caption is the nearest among `choices` captions.
 
-    Full pictures against scene captions, or with `crops` masked subjects against their full descriptions. Rows beyond
-    a multiple of `choices` are left out; several pictures with one caption count as right for each other's.
+    Rows beyond a multiple of `choices` are left out; several pictures with one caption count as right for each other's.
     """
     right: list[bool] = []
     for start in range(0, len(corpus) - choices + 1, choices):
-        rows = range(start, start + choices)
-        images = torch.from_numpy(corpus.images[start : start + choices])
-        if crops:
-            masks = torch.from_numpy(corpus.masks[start : start + choices])
-            pixels = subject_crops(images, masks, None, augment=False)
-            captions = [f"a photo of a {corpus.nouns[row]} with {corpus.descriptions[row]}" for row in rows]
-        else:
-            pixels, captions = to_unit(images), [corpus.captions[row] for row in rows]
-        image_embeds, text_embeds = _embed(model, tokenizer, pixels, captions)
+        rows = slice(start, start + choices)
+        captions = corpus.captions[rows]
+        image_embeds, text_embeds = _embed(model, tokenizer, to_unit(torch.from_numpy(corpus.images[rows])), captions)
         nearest = (image_embeds @ text_embeds.T).argmax(dim=1).tolist()
         right += [captions[guess] == caption for guess, caption in zip(nearest, captions, strict=True)]
     return sum(right) / len(right)

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-SIZE = 64
+from instantbooth.miniature.world import SIZE
+
 MARGIN = 0.1
 """Share of the box's longer side left free on either side, as in `images.crop_subject`."""
 FOCUS_PROBABILITY = 0.5
@@ -18,31 +19,30 @@ ROTATION = math.radians(15)
 STRETCH = 0.1
 
 
-def subject_crops(
-    images: Tensor, masks: Tensor, generator: Generator | None, *, augment: bool = True, masked: bool = True
-) -> Tensor:
+def to_unit(images: Tensor) -> Tensor:
+    """uint8 [N, H, W, 3] to float [N, 3, H, W] in 0 … 1."""
+    return images.permute(0, 3, 1, 2).float() / 255
+
+
+def subject_crops(images: Tensor, masks: Tensor, generator: Generator, *, masked: bool = True) -> Tensor:
     """The subjects alone: float [B, 3, 64, 64] in 0 … 1, black where there is no subject, unless not `masked`.
 
     `images` is uint8 [B, H, W, 3]; `masks` uint8 [B, H, W], above 127 where the subject is (where nowhere, the whole
-    picture is the crop, and black). Each crop is the square around the subject. With `augment`, half of the crops keep
-    a random part of it (area 0.5 … 1, chosen so that most of the head stays), the others are a little larger or
-    smaller; all are rotated up to 15°, stretched up to 10 % and flipped at random. `generator` is a CPU generator, and
-    may be None only without `augment`. About 15 ms for 64 pictures on one core.
+    picture is the crop, and black). Each crop starts as the square around the subject. Half of them keep a random part
+    of it (area 0.5 … 1, chosen so that most of the head stays), the others are a little larger or smaller; all are
+    rotated up to 15°, stretched up to 10 % and flipped at random. `generator` is a CPU generator.
     """
     height, width = masks.shape[1:]
     subject = masks > 127
-    pixels = images.permute(0, 3, 1, 2).float() / 255
+    pixels = to_unit(images)
     if masked:
         pixels = pixels * subject[:, None]
     left, right = _extent(subject.any(dim=1))
     top, bottom = _extent(subject.any(dim=2))
     half = torch.maximum(right - left, bottom - top) * (0.5 + MARGIN)
     center = torch.stack([left + right, top + bottom], dim=1) / 2
-    axes = torch.eye(2, device=images.device).expand(len(images), 2, 2)
-    if augment:
-        assert generator is not None, "augmenting needs a generator"
-        shift, turn = (drawn.to(images.device) for drawn in _draw_changes(len(images), generator))
-        center, axes = center + shift * half[:, None], turn
+    shift, axes = (drawn.to(images.device) for drawn in _draw_changes(len(images), generator))
+    center = center + shift * half[:, None]
     scale = 2 / torch.tensor([width, height], device=images.device)
     theta = torch.cat([axes * half[:, None, None] * scale[:, None], (center * scale - 1)[:, :, None]], dim=2)
     # Autocast would compute the grid in bfloat16, off by up to a sixth of a pixel.

@@ -13,6 +13,7 @@ from torch import Generator, Tensor
 from instantbooth.errors import ParameterError
 from instantbooth.evaluation.judges import AttributeJudge, IdentityJudge
 from instantbooth.miniature.corpus import Corpus
+from instantbooth.miniature.crops import to_unit
 from instantbooth.miniature.scene import ATTRIBUTES
 from instantbooth.training.loop import LoopConfig, train
 
@@ -97,7 +98,7 @@ def disturb(images: Tensor, generator: Generator) -> Tensor:
     Slight blur, noise, tint (5 % a channel) and shifts of up to 2 px. Never mirrored: sides are part of both an
     identity (a parting) and a scene (on the left).
     """
-    pixels = images.permute(0, 3, 1, 2).float() / 255
+    pixels = to_unit(images)
     count, _, height, width = pixels.shape
     padded = F.pad(pixels, (MAX_SHIFT,) * 4, mode="replicate")
     top, left = torch.randint(2 * MAX_SHIFT + 1, (2, count), generator=generator)

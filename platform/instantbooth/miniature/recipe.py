@@ -38,7 +38,7 @@ from instantbooth.model.personalizer import Personalizer
 from instantbooth.presets import miniature_preset
 from instantbooth.prompts import PLACEHOLDER_TOKEN, SUBJECT_FIELD, expand, insert_field, tokenize_subject
 from instantbooth.training.adapters import AdapterObjective, AdapterTrainingConfig, Draws, draw
-from instantbooth.training.loop import LoopConfig, train
+from instantbooth.training.loop import LoopConfig, last_loss, train
 
 BEGUN = "begun"
 """Where the record keeps the stage that is under way, and its seconds so far."""
@@ -312,7 +312,7 @@ def _save_base(
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(shop.models / "base")
-    return _last_loss(losses)
+    return {"loss": last_loss(losses)}
 
 
 def _build_adapters(shop: Workshop) -> dict[str, float]:
@@ -328,11 +328,7 @@ def _build_adapters(shop: Workshop) -> dict[str, float]:
     objective = AdapterObjective(booth, shop.recipe.adapters)
     losses = train_adapters(objective, Pairs(corpus, shop.latents(corpus)), folder=shop.checkpoints)
     booth.save_weights(shop.models / "adapters")
-    return _last_loss(losses)
-
-
-def _last_loss(losses: list[float]) -> dict[str, float]:
-    return {"loss": sum(losses[-200:]) / len(losses[-200:])}
+    return {"loss": last_loss(losses)}
 
 
 def _refine_decoder(shop: Workshop) -> dict[str, float]:

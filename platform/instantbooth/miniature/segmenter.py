@@ -13,7 +13,8 @@ from transformers import SegformerConfig, SegformerForSemanticSegmentation, Segf
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from instantbooth.miniature.corpus import CLASSES, Corpus
-from instantbooth.miniature.world import Scene, render_empty
+from instantbooth.miniature.crops import to_unit
+from instantbooth.miniature.world import SIZE, Scene, render_empty
 from instantbooth.training.loop import LoopConfig, train
 
 TRAINING = LoopConfig(
@@ -24,7 +25,6 @@ EMPTY = 0.1
 EMPTY_SCENES = 800
 """Of these the empty pictures are drawn."""
 LABELS = ("background", *CLASSES)
-SIZE = 64
 
 
 def new_segmenter() -> SegformerForSemanticSegmentation:
@@ -97,7 +97,7 @@ def mask_iou(model: SegformerForSemanticSegmentation, images: Tensor, masks: Ten
 def _normalize(images: Tensor) -> Tensor:
     """uint8 [N, H, W, 3] to float [N, 3, H, W] as the image processor gives it."""
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
-    return (images.permute(0, 3, 1, 2).float() / 255 - mean) / std
+    return (to_unit(images) - mean) / std
 
 
 def _full_size(logits: Tensor) -> Tensor:

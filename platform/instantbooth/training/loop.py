@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import TypeVar
 
 import torch
@@ -18,7 +19,7 @@ from torch import Generator, Tensor, nn
 from instantbooth.errors import ParameterError
 from instantbooth.training.ahead import drawn_ahead
 from instantbooth.training.ema import EMA
-from instantbooth.training.helpers import Helpers
+from instantbooth.training.gradient_processes import GradientProcesses
 
 MOST_DRAWERS = 12
 """Processes that draw batches ahead for a GPU."""
@@ -99,18 +100,23 @@ def train(
 
     module.train()
     with _threads(1 if processes > 1 else torch.get_num_threads()):
-        helpers = Helpers(processes - 1, list(parameters), lambda rank, step: gradient(batch(rank, step)))
+        others = GradientProcesses(processes - 1, list(parameters), lambda rank, step: gradient(batch(rank, step)))
 
         def batches(steps: range) -> Iterator[Batch]:
             drawers = 0 if on_cpu else min(MOST_DRAWERS, os.cpu_count() or 1)
             return drawn_ahead(partial(batch, 0), steps, workers=drawers)
 
         try:
-            losses = _descend(name, parameters, batches, gradient, helpers, config, folder / f"{name}.pt", device)
+            losses = _descend(name, parameters, batches, gradient, others, config, folder / f"{name}.pt", device)
         finally:
-            helpers.close()
+            others.close()
     module.eval()
     return losses
+
+
+def last_loss(losses: Sequence[float]) -> float:
+    """The mean over the last 200 steps, whose single losses scatter."""
+    return fmean(losses[-200:])
 
 
 def _descend(
@@ -118,7 +124,7 @@ def _descend(
     parameters: Mapping[nn.Parameter, float],
     batches: Callable[[range], Iterator[Batch]],
     gradient: Callable[[Batch], float],
-    helpers: Helpers,
+    others: GradientProcesses,
     config: LoopConfig,
     checkpoint: Path,
     device: torch.device,
@@ -143,8 +149,8 @@ def _descend(
         for step in steps:
             for group, multiple in zip(optimizer.param_groups, groups, strict=True):
                 group["lr"] = config.learning_rate * multiple * _schedule(step, config)
-            helpers.start(step)
-            losses.append(helpers.join(gradient(next(drawn))))
+            others.start(step)
+            losses.append(others.join(gradient(next(drawn))))
             torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
             optimizer.step()
             ema.update(step)
