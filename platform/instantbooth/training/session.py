@@ -23,6 +23,8 @@ from instantbooth.training.guard import Guard
 
 NO_GRADIENT_ROWS = 4
 """Rows without gradients that take no more memory than one with them: no activation outlives its layer."""
+COMPILE_OPTIONS = {"reorder_for_peak_memory": False}
+"""With the reordering, torch 2.13's compiled backward pass loses the gradients of the middle block, silently."""
 STATE = "state.pt"
 ORDER = "order.txt"
 WEIGHTS = "weights"
@@ -85,7 +87,7 @@ class TrainingSession:
         if self.compute.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         if self.compute.compile:
-            unet.compile()
+            unet.compile(options=COMPILE_OPTIONS)
         self.objective = AdapterObjective(self.booth, self.config)
         self.parameters = list(self.booth.trained.parameters())
         self.optimizer = optimizer_for(self.objective, self.config)
