@@ -17,6 +17,9 @@ from instantbooth.model.denoise import BatchShape, denoise
 from instantbooth.model.personalizer import Request
 from jobs.benchmarks.arrivals import Picture
 
+GATHERING_S = 0.002
+"""For each next request of a batch: those submitted together shall be in one batch."""
+
 
 class FixedBatches:
     """A thread that denoises up to `batch_size` waiting requests, decodes them and takes the next; 1 is serial.
@@ -54,7 +57,7 @@ class FixedBatches:
             batch = [first]
             while len(batch) < self._batch_size:
                 try:
-                    following = self._waiting.get_nowait()
+                    following = self._waiting.get(timeout=GATHERING_S)
                 except Empty:
                     break
                 if following is None:

@@ -15,8 +15,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from instantbooth.engine.turns import Turns
 from instantbooth.errors import EngineError
 from instantbooth.model.base import BaseModel
+
+DECODER_PATIENCE_S = 1.0
+"""For a step, where both compute on the same cores."""
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +42,10 @@ _PICTURE, _PREVIEW, _STOP = 0, 1, 2
 class Decoder:
     """A thread with the VAE, on a CUDA stream of the lowest priority. Pictures go before previews."""
 
-    def __init__(self, base: BaseModel, *, batch_size: int, max_previews: int, name: str) -> None:
+    def __init__(self, base: BaseModel, turns: Turns, *, batch_size: int, max_previews: int, name: str) -> None:
+        """It decodes a batch in each of its `turns`."""
         self._base = base
+        self._turns = turns
         self._batch_size = batch_size
         self._max_previews = max_previews
         self._jobs: PriorityQueue[_Job] = PriorityQueue()
@@ -154,9 +160,11 @@ class Decoder:
         return reason is None
 
     def _decode(self, batch: list[_Job]) -> None:
-        started = time.perf_counter()
         try:
-            pictures = self._base.decode(torch.stack([job.latents for job in batch if job.latents is not None]))
+            with self._turns.turn(patience_s=DECODER_PATIENCE_S):
+                started = time.perf_counter()
+                pictures = self._base.decode(torch.stack([job.latents for job in batch if job.latents is not None]))
+                seconds = (time.perf_counter() - started) / len(batch)
         except torch.AcceleratorError:
             raise
         except Exception as error:
@@ -167,7 +175,6 @@ class Decoder:
             self._count(batch[0].priority, -1)
             batch[0].fail(error)
             return
-        seconds = (time.perf_counter() - started) / len(batch)
         for job, picture in zip(batch, pictures, strict=True):
             self._count(job.priority, -1)
             job.charge(seconds)

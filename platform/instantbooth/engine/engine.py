@@ -24,12 +24,15 @@ from instantbooth.engine.knee import RowBudgets, measure_budgets, wait_for
 from instantbooth.engine.scheduler import Scheduler, Size
 from instantbooth.engine.shapes import Shapes, compile_unet, default_buckets
 from instantbooth.engine.ticket import Progress, Ticket
+from instantbooth.engine.turns import Turns
 from instantbooth.errors import DeadlineError, EngineError, OverloadedError, ParameterError, PictureError
 from instantbooth.model.denoise import RowBatch
 from instantbooth.model.personalizer import Request
 
 logger = logging.getLogger(__name__)
 
+STEP_PATIENCE_S = 0.05
+"""For pictures that are decoded on the same cores."""
 STEPS_TO_RECOVER = 1000
 """After so many steps for which memory sufficed, twice as many rows are tried again."""
 
@@ -145,8 +148,10 @@ class Engine:
         self._numbers = count()
         self._totals = EngineStats()
         self._ended: Counter[str] = Counter()
+        self._turns = Turns(booth.base.device)
         self._decoder = Decoder(
             booth.base,
+            self._turns,
             batch_size=config.decode_batch,
             max_previews=config.max_undecoded,
             name="instantbooth-decoder",
@@ -304,11 +309,13 @@ class Engine:
         """
         if not tickets:
             return
-        started = time.perf_counter()
         try:
-            batch = self._assemble(tickets)
-            batch.step()
-            wait_for(self.booth.base.device)
+            with self._turns.turn(patience_s=STEP_PATIENCE_S):
+                started = time.perf_counter()
+                batch = self._assemble(tickets)
+                batch.step()
+                wait_for(self.booth.base.device)
+                seconds = time.perf_counter() - started
         except torch.AcceleratorError:
             raise
         except Exception as error:
@@ -328,7 +335,6 @@ class Engine:
         self._steps_that_fit += 1
         if self._steps_that_fit % STEPS_TO_RECOVER == 0:
             self._budget_share = min(1.0, 2 * self._budget_share)
-        seconds = time.perf_counter() - started
         self._scheduler.charge(tickets[0].size, seconds)
         rows = sum(ticket.unet_rows for ticket in tickets)
         self._totals.steps += 1

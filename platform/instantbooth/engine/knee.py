@@ -17,7 +17,7 @@ from instantbooth.model.denoise import Row, RowBatch
 from instantbooth.model.samplers import sampler_table
 from instantbooth.parameters import MAX_REFERENCES
 
-NEAR_BEST = 0.95
+NEAR_BEST = 0.98
 """The knee is the smallest number of rows that reaches this share of the best rows per second."""
 TYPICAL_REFERENCES = 3
 """Reference images of the subjects that are measured."""
