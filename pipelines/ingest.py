@@ -25,6 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray.data
 import torch
 from transformers import CLIPTokenizer
@@ -38,7 +39,7 @@ from instantbooth.prompts import PLACEHOLDER_TOKEN
 from instantbooth.storage import FileStore, ObjectStore, S3Store, open_store, patiently
 from pipelines.checks import check_actors
 from pipelines.curation.decisions import Decisions, Staged
-from pipelines.curation.pairs import OnPairs, Slice
+from pipelines.curation.pairs import OnPairs, Reason, Slice
 from pipelines.curation.precompute import Precomputed, Precomputer
 from pipelines.curation.report import IngestReport, report_page, summarize
 from pipelines.curation.segment import SubjectFinder, load_model
@@ -81,6 +82,8 @@ class IngestConfig:
     """GPUs each of them claims; with 0 it computes on the CPU."""
     near_bits: int = 8
     """Perceptual hashes (128 bits) that differ in at most so many bits are of duplicates."""
+    max_unreadable: float = 0.1
+    """Share of pairs that cannot be read for now, beyond which the run fails and the data set stays as it was."""
     validation: float = 0.02
     """Share of pictures that is held out, chosen by their content."""
     rows_per_shard: int = 64
@@ -96,6 +99,8 @@ class IngestConfig:
             raise ParameterError(f"gpus_per_actor must be from 0 to 1, is {self.gpus_per_actor:g}; 0 is the default")
         if not 0 <= self.near_bits < 64:
             raise ParameterError(f"near_bits must be from 0 to 63, is {self.near_bits}; 8 is the default")
+        if not 0 <= self.max_unreadable <= 1:
+            raise ParameterError(f"max_unreadable must be a share from 0 to 1, is {self.max_unreadable}; try 0.1")
         if not 0 <= self.validation < 1:
             raise ParameterError(f"validation must be a share from 0 to under 1, is {self.validation}; try 0.02")
         if self.precompute and not self.base:
@@ -107,9 +112,9 @@ class IngestConfig:
 def ingest(config: IngestConfig) -> IngestReport:
     """Curates every pair of the source. One bad pair costs itself alone.
 
-    Raises StorageError where the source cannot be listed, or the output cannot be written or is something else's,
-    WeightsError for a segmenter that cannot be loaded, ParameterError for columns that the source cannot have, and for
-    more actors or GPUs than the cluster has.
+    Raises StorageError where the source cannot be listed, too much of it cannot be read or nothing of it is kept, or
+    the output cannot be written or is something else's, WeightsError for a segmenter that cannot be loaded,
+    ParameterError for columns that the source cannot have, and for more actors or GPUs than the cluster has.
     """
     started = time.perf_counter()
     output = open_store(config.output)
@@ -130,6 +135,7 @@ def ingest(config: IngestConfig) -> IngestReport:
     digests = known | fresh
     slices = [Staged(digest=digest, source=unit.key) for unit in units for digest in digests[unit.id(rules)]]
     decisions = Decisions(config.output, slices, near_bits=config.near_bits, validation=config.validation)
+    _check_outcome(config, decisions)
     precomputed = Precomputed.by(base, PLACEHOLDER_TOKEN) if base and config.precompute else None
     files = _write(config, decisions, output, entries, precomputed)
     report = summarize(decisions, files)
@@ -148,6 +154,24 @@ def ingest(config: IngestConfig) -> IngestReport:
     for key, data in finished.items():
         patiently(partial(output.put, key, data))
     return report
+
+
+def _check_outcome(config: IngestConfig, decisions: Decisions) -> None:
+    """Raises StorageError for one that nobody can want instead of the data set that may be there."""
+    read, dropped = len(decisions.reasons), decisions.dropped()
+    unread = dropped.get(Reason.UNREADABLE, 0)
+    if unread > config.max_unreadable * read:
+        first = decisions.name(int(np.flatnonzero(decisions.reasons == Reason.UNREADABLE)[0]))
+        raise StorageError(
+            f"{unread} of {read} pairs cannot be read, the first {first}; max_unreadable allows a share of "
+            f"{config.max_unreadable:g}: mend the source, or raise it. What is in {config.output} stays as it was"
+        )
+    if read and not len(decisions.kept):
+        counts = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
+        raise StorageError(
+            f"none of {read} pairs is kept ({counts}); look at --columns and --rules. What is in {config.output} stays "
+            "as it was"
+        )
 
 
 def curated(

@@ -84,6 +84,11 @@ class Decisions:
         number = int(np.searchsorted(self.starts, row, side="right")) - 1
         return number, row - int(self.starts[number])
 
+    def name(self, row: int) -> str:
+        """What a pair is called, and the file that it is of."""
+        number, _ = self.place(row)
+        return f"{self.table['name'][row].as_py()} of {self.slices[number].source}"
+
     def drafts(self, form: str) -> Iterator[Draft]:
         """The shards of every slice; `form` is the digest of whatever else decides their bytes."""
         for number, piece in enumerate(self.slices):
@@ -107,10 +112,8 @@ class Decisions:
 
     def likeness(self, row: int) -> str:
         """What a duplicate is one of, in words."""
-        number, _ = self.place(int(self.original[row]))
-        name = self.table["name"][int(self.original[row])].as_py()
         alike = "has the same bytes as" if self.reasons[row] == Reason.EXACT_DUPLICATE else "looks like"
-        return f"{alike} {name} of {self.slices[number].source}"
+        return f"{alike} {self.name(int(self.original[row]))}"
 
 
 def _read_fates(output: str, slices: Sequence[Staged]) -> list[pa.Table]:

@@ -349,13 +349,28 @@ def test_whatever_a_killed_run_left_the_next_one_ends_the_same(good: list[Raw], 
 @pytest.mark.usefixtures("ray_session")
 def test_a_file_that_was_missing_is_tried_again(good: list[Raw], tmp_path: Path) -> None:
     store = FileStore(tmp_path / "source")
-    write_folder(store, good[:6])
+    write_folder(store, good[:40])
     late = store.root / "images/00003.png"
     late.rename(tmp_path / "late")
     before = curate(str(store.root), f"{tmp_path}/output")
     (tmp_path / "late").rename(late)
     after = curate(str(store.root), f"{tmp_path}/output")
     assert (after.kept, after.read) == (before.kept + 1, before.read)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_data_set_is_not_replaced_by_what_nobody_can_want(good: list[Raw], tmp_path: Path) -> None:
+    store = FileStore(tmp_path / "source")
+    lines = [f"{image},{mask},{caption.decode()}" for image, mask, caption in write_files(store, good[:4])]
+    store.put("pairs.csv", "\n".join(["image,mask,caption", *lines]).encode())
+    curate(str(store.root), f"{tmp_path}/output")
+    before = data_set(f"{tmp_path}/output")
+    with pytest.raises(StorageError, match=r"none of 4 pairs is kept \(4 no caption\); look at --columns"):
+        curate(str(store.root), f"{tmp_path}/output", columns=Columns(caption="txet"))
+    (store.root / "images").rename(tmp_path / "away")
+    with pytest.raises(StorageError, match="4 of 4 pairs cannot be read, the first"):
+        curate(str(store.root), f"{tmp_path}/output", rows_per_shard=2)
+    assert data_set(f"{tmp_path}/output") == before
 
 
 @pytest.mark.full
