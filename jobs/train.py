@@ -6,6 +6,7 @@ stop (SIGTERM saves first). `python -m jobs.train miniature --help` lists every 
 
 from __future__ import annotations
 
+import os
 import signal
 import tempfile
 import threading
@@ -29,6 +30,7 @@ from instantbooth.model.base import locate
 from instantbooth.presets import model_parts
 from instantbooth.prompts import PLACEHOLDER_TOKEN
 from instantbooth.storage import FileStore, open_store, patiently
+from instantbooth.tracking import absolute_tracking_uri
 from instantbooth.training.adapters import AdapterTrainingConfig, ExamplePreparer
 from instantbooth.training.session import WEIGHTS, check_run
 from jobs import cli
@@ -39,6 +41,8 @@ from pipelines.feed import Shards
 from pipelines.model import ModelConfig
 from pipelines.trainer import Ending, Monitor, TrainConfig, TrainingJob, ValidationConfig, train_worker
 
+SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Ray sets it where a job was submitted."""
 PRESETS = {
     "miniature": (
         "The miniature, onwards from its shipped weights: minutes on two cores.",
@@ -143,6 +147,16 @@ def check_judges(config: TrainConfig) -> None:
         raise ParameterError(
             f"validation.identities is {wanted}, and {config.model.base} is no miniature with judges beside it; the "
             "shipped ones know nothing of its pictures: pass --validation.identities 0"
+        )
+
+
+def check_tracking(config: TrainConfig) -> None:
+    """ParameterError for a submitted job whose registry would lie in its own folder, which goes with the cluster."""
+    uri = config.model.tracking_uri
+    if SUBMITTED in os.environ and absolute_tracking_uri(uri) != uri:
+        raise ParameterError(
+            f"model.tracking_uri is {uri}, in a folder that goes with this submitted job; set MLFLOW_TRACKING_URI in "
+            "its runtime environment, or pass --model.tracking-uri, to a server or an absolute path"
         )
 
 
@@ -284,6 +298,7 @@ def _tracked(config: TrainConfig, shards: Shards) -> Iterator[Tracking]:
 
 def run(config: TrainConfig) -> TrainReport:
     """Trains on the cluster and prints where the weights are."""
+    check_tracking(config)
     with ray_cluster():
         report = train(config)
     Console().print(f"{report.weights} after {report.steps} steps, in {report.folder}", soft_wrap=True)

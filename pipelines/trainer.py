@@ -27,6 +27,7 @@ import ray
 import ray.train
 import torch
 import torch.distributed
+from ray.train import PreemptionInfo
 from torch import Tensor
 
 from instantbooth import Personalizer
@@ -53,6 +54,8 @@ DATA = "data.json"
 """The data's manifest as the run found it."""
 PICTURES = "pictures"
 REPORT_EVERY_S = 0.5
+ASK_EVERY = 5
+"""Steps after which it is asked whether a machine is about to be taken away: the workers wait for each other then."""
 LEAST = {"workers": 1, "gpus_per_worker": 0, "checkpoint_every": 1, "keep_last": 1, "keep_best": 0}
 """Of fields of TrainConfig."""
 
@@ -307,6 +310,7 @@ class Worker:
         self.reported = 0.0
         self.counted = False
         self.validation: dict[str, Tensor] | None = None
+        self.preemption: PreemptionInfo | None = None
 
     def run(self) -> Ending:
         """Trains to the last step, until it is asked to stop, or until too many batches were skipped."""
@@ -326,7 +330,8 @@ class Worker:
             self._note(batch, outcome, metrics, delivery)
             ending = self._ending(outcome)
             last = session.step == steps or ending.stopped or bool(ending.failure)
-            if session.step % self.config.checkpoint_every == 0 or validates or last:
+            due = session.step % self.config.checkpoint_every == 0
+            if self._preempted() or due or validates or last:
                 self._save()
             if last:
                 break
@@ -387,6 +392,16 @@ class Worker:
             if time.perf_counter() - self.reported > REPORT_EVERY_S:
                 self.reported = time.perf_counter()
                 self.monitor.report.remote(self.session.step, f"loss {outcome.loss:.4f}")
+
+    def _preempted(self) -> bool:
+        """Whether a machine of this run is to be taken away that was not when this was asked before.
+
+        It is worth a checkpoint: once the machine is gone, Ray Train goes on from there on what is left.
+        """
+        if self.session.step % ASK_EVERY:
+            return False
+        before, self.preemption = self.preemption, ray.train.get_preemption_info()
+        return self.preemption not in (None, before)
 
     def _ending(self, outcome: Outcome) -> Ending:
         failure = ""

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
@@ -18,10 +19,11 @@ from instantbooth.miniature.world import ATTRIBUTES
 from instantbooth.model.weights import read_tensors, tensors_digest
 from instantbooth.presets import miniature_folder
 from instantbooth.tracking import CANDIDATE, CHAMPION, Registry, open_run
-from jobs.evaluation.protocol import Protocol
-from jobs.promote import PromoteConfig, judge, promote
+from jobs.evaluation.protocol import Photographs, Protocol
+from jobs.promote import GATES, PromoteConfig, promote, weigh
 from serve.config import ServeConfig
 from serve.model import pinned
+from tests.photographed import VALIDATION, Embedding, people
 from tests.tiny import tiny_booth
 
 
@@ -114,19 +116,41 @@ def test_a_registration_cut_short_gets_its_alias_and_an_older_one_does_not_take_
 def test_a_gate_fails_where_the_candidate_is_worse_by_more_than_the_tolerance() -> None:
     config = PromoteConfig(tolerance=0.02, floors=(0.0, 0.0, 0.5))
     champion = {"identification_top1": 0.5, "identity_similarity": 0.6, "prompt_accuracy": 0.9}
-    assert judge(champion, champion, config)[0] == []
-    assert judge(champion | {"identification_top1": 0.481}, champion, config)[0] == []
-    failed, reasons = judge(champion | {"identification_top1": 0.479}, champion, config)
+    assert weigh(champion, champion, config)[0] == []
+    assert weigh(champion | {"identification_top1": 0.481}, champion, config)[0] == []
+    failed, reasons = weigh(champion | {"identification_top1": 0.479}, champion, config)
     assert failed == ["identification_top1"]
     assert "0.4790 fails: at least 0.4800 (champion 0.5000)" in reasons[0]
-    assert judge(champion | {"prompt_accuracy": 0.4}, None, config)[0] == ["prompt_accuracy"]
+    assert weigh(champion | {"prompt_accuracy": 0.4}, None, config)[0] == ["prompt_accuracy"]
 
 
 def test_a_base_is_judged_by_its_own_miniatures_judges_or_by_those_that_are_named(config: PromoteConfig) -> None:
     assert judges_of("miniature") == miniature_folder() / "judges" == judges_of(str(miniature_folder() / "base"))
     assert judges_of("sd15") is None
-    with pytest.raises(ParameterError, match=r"belongs to \S*/base, which is no miniature .* name judges"):
+    with pytest.raises(ParameterError, match=r"belongs to \S*/base, which is no miniature .* name photographs"):
         promote(replace(config, judges=None))
+
+
+def test_versions_for_a_base_of_the_real_world_are_judged_on_photographs(
+    config: PromoteConfig, tiny: Path, tmp_path: Path
+) -> None:
+    torch.jit.script(Embedding()).save(str(tmp_path / "face.pt"))
+    photographs = Photographs(
+        data=people(tmp_path, dict.fromkeys(VALIDATION, 5)),
+        clip=str(tiny / "clip"),
+        face=tmp_path / "face.pt",
+        masks=tmp_path / "masks",
+    )
+    unfloored = replace(config, judges=None, photographs=photographs, floors=(-1.0, -1.0, -1.0))
+    decision = promote(unfloored)
+    assert decision.promoted
+    assert {*decision.figures["candidate"]} == {*GATES}
+    with pytest.raises(ParameterError, match="has 2 usable subjects of its validation split, identities is 3"):
+        promote(replace(config, photographs=photographs, identities=3))
+    with pytest.raises(ParameterError, match=r"--layout is for jobs\.evaluate"):
+        replace(config, photographs=replace(photographs, layout="dreambench"))
+    with pytest.raises(ParameterError, match="--face is for photographs"):
+        replace(config, photographs=Photographs(face=tmp_path / "face.pt"))
 
 
 @pytest.mark.usefixtures("config")

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from instantbooth.errors import ParameterError
 from instantbooth.storage import FileStore
 from instantbooth.training.checkpoints import log_bytes
-from jobs import tracked
+from jobs import tracked, train
 from jobs.tracked import Tracking
 from pipelines.feed import Shards
 from pipelines.model import ModelConfig
@@ -71,3 +73,12 @@ def test_a_database_that_does_not_answer_is_waited_for_a_bounded_time(
     monkeypatch.setattr(tracked, "OPENING_S", 120)
     tracking.end("KILLED")
     assert run_of(tracking).info.status == "KILLED"
+
+
+def test_a_submitted_job_keeps_no_registry_in_its_own_folder(
+    tracking: Tracking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    train.check_tracking(tracking.config)
+    with pytest.raises(ParameterError, match=r"sqlite:///mlflow\.db, in a folder that goes with this submitted job"):
+        train.run(replace(tracking.config, model=ModelConfig(tracking_uri="sqlite:///mlflow.db")))
