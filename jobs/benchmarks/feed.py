@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
-import ray
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -20,7 +19,7 @@ from jobs import cli
 from jobs.benchmarks.goals import at_least, conclude
 from jobs.benchmarks.timing import machine
 from jobs.cluster import ray_cluster
-from pipelines.feed import TASK_CPUS, Shards, TrainingFeed, rows_per_task
+from pipelines.feed import Shards, TrainingFeed, rows_per_task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +72,7 @@ def feed(options: cli.Flat[FeedBenchmark]) -> None:
         seed=0,
         batch_size=options.batch_size,
         rows_per_task=rows_per_task(preparer.image_size, preparer.encoder_size),
+        tasks_ahead=options.processes,
     )
     positions = Positions(ours, options.batches * options.batch_size)
     runs: dict[str, list[tuple[float, float]]] = {"feed": [], "dataloader": []}
@@ -84,9 +84,6 @@ def feed(options: cli.Flat[FeedBenchmark]) -> None:
             f"batches must be at least {4 * start}, the first {start} do not count; is {options.batches}; raise it"
         )
     with ray_cluster():
-        ray.data.DataContext.get_current().execution_options.resource_limits = ray.data.ExecutionResources(
-            cpu=options.processes * TASK_CPUS
-        )
         for _ in range(options.repeats):
             runs["feed"].append(_timed(ours.batches(0, options.batches), options, start))
             loader = DataLoader(positions, batch_size=options.batch_size, num_workers=options.processes)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import statistics
 import tempfile
 import time
@@ -28,16 +27,14 @@ from jobs.benchmarks.timing import machine
 from jobs.benchmarks.training_step import compare_steps
 from jobs.cluster import ray_cluster
 from jobs.train import train as run_training
-from pipelines.feed import Shards, TrainingFeed
+from pipelines.feed import MAX_ROWS_PER_TASK, TASKS_AHEAD, Shards, TrainingFeed
 from pipelines.model import ModelConfig
 from pipelines.trainer import LOG, TrainConfig, shaped
 
 FIRST = 20
 """Steps before those that count: then everything is warm, and the feed as far ahead as it comes."""
-AHEAD = 2560
-"""Examples after those that count, more than the feed is ahead: else the last would be trained on without it."""
-AHEAD_SHARE = "0.05"
-"""Of Ray's object store, what the feed may fill. With the usual half, minutes of training are prepared in seconds."""
+AHEAD = TASKS_AHEAD * MAX_ROWS_PER_TASK
+"""Examples after those that count, as many as the feed is ahead: else the last would be trained on without it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +46,7 @@ class TrainBenchmark:
     full_size: bool = False
     """Instead: Stable Diffusion 1.5 at 512 pixels with random weights, step by step, beside diffusers' own."""
     steps: int = 160
-    """Steps of each run that count. A training makes 20 before them, and after them those of 2560 examples."""
+    """Steps of each run that count. A training makes 20 before them, and after them those of 2048 examples."""
     batch_size: int = 16
     """Examples of a step."""
     repeats: int = 3
@@ -84,8 +81,6 @@ def _miniature(options: TrainBenchmark) -> dict[str, Any]:
     trainings = {"training": False} | ({"precomputed": True} if shards.precomputed else {})
     rates: dict[str, list[float]] = {name: [] for name in ("bare", *trainings)}
     peaks = dict.fromkeys(trainings, 0)
-    # Ray hands it on to the processes that it starts, which read it when they begin.
-    os.environ["RAY_DATA_OBJECT_STORE_MEMORY_LIMIT_FRACTION"] = AHEAD_SHARE
     with ray_cluster():
         for _ in range(options.repeats):
             rates["bare"].append(_bare(options, shards, config))
