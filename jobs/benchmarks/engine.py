@@ -59,7 +59,7 @@ class EngineBenchmark:
     """Each request's steps are drawn evenly from this range."""
     max_rows: int = 32
     """Largest number of U-Net rows in a step that is measured."""
-    repeats: int = 3
+    repeats: int = 5
     """Measurements of each step on the curve, and runs of identical requests, in turn, after one to warm up."""
     trials: int = 20
     """Joins and cancels measured."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Mapping
 from itertools import count, takewhile
@@ -86,27 +87,33 @@ def measure_steps(
     patience_s: float = PATIENCE_S,
     least_rows: int = 1,
 ) -> dict[int, float]:
-    """Seconds of a step for 1, 2, 4 … `max_rows` U-Net rows, the fastest of `repeats`.
+    """Seconds of a step for 1, 2, 4 … `max_rows` U-Net rows, the median of `repeats`.
 
-    Pictures are square, `side` pixels or the model's own size.
-    What else the machine does only adds to them. Two rows and more are guided requests. Stops doubling once the
-    measurements took `patience_s` seconds, though not before `least_rows`, or where memory does not suffice for as many
-    subjects of the most reference images.
+    Pictures are square, `side` pixels or the model's own size. Two rows and more are guided requests. The numbers of
+    rows take turns: what else the machine does meets them all. Stops doubling once the measurements would take
+    `patience_s` seconds, though not before `least_rows`, or where memory does not suffice for as many subjects of the
+    most reference images.
     """
-    seconds: dict[int, float] = {}
+    seconds: dict[int, list[float]] = {}
     started = time.perf_counter()
     typical, largest = (keys_values_of_nobody(booth, references) for references in (TYPICAL_REFERENCES, MAX_REFERENCES))
+
+    def measured(rows: int, keys_values: Mapping[str, KeysValues]) -> float:
+        return seconds_of_step(_batch(booth, rows, keys_values, side=side, steps=1))
+
     rows = 1
-    while rows <= max_rows and (rows <= least_rows or time.perf_counter() - started < patience_s):
+    while rows <= max_rows and (rows <= least_rows or (time.perf_counter() - started) * (1 + repeats / 2) < patience_s):
         try:
-            seconds_of_step(_batch(booth, rows, largest, side=side, steps=1))
-            batch = _batch(booth, rows, typical, side=side, steps=repeats + 1)
-            seconds_of_step(batch)
-            seconds[rows] = min(seconds_of_step(batch) for _ in range(repeats))
+            for warming_up in (largest, typical):
+                measured(rows, warming_up)
         except torch.OutOfMemoryError:
             break
+        seconds[rows] = []
         rows *= 2
-    return seconds
+    for _ in range(repeats):
+        for rows, each in seconds.items():
+            each.append(measured(rows, typical))
+    return {rows: statistics.median(each) for rows, each in seconds.items()}
 
 
 def knee(seconds: Mapping[int, float]) -> int:
