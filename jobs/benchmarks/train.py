@@ -154,7 +154,6 @@ def _whole(options: TrainBenchmark, config: AdapterTrainingConfig, *, precompute
                 workers=1,
                 gpus_per_worker=int(options.device.startswith("cuda")),
                 precomputed=precomputed,
-                checkpoint_every=10,
                 artifacts=Path(folder, "artifacts").as_uri(),
                 adapters=config,
             )

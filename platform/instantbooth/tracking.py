@@ -43,6 +43,8 @@ ABSENT = {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}
 """MLflow's codes for a version or an alias that it does not have."""
 MAX_METRICS, MAX_PARAMETERS = 1000, 100
 """MLflow takes so many in one request."""
+DELIVERY_S = 5.0
+"""Between deliveries: MLflow's client takes four times as long for ten steps one by one, and holds up the training."""
 MAX_PAUSE_S = 30.0
 PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 """Of MLflow's client, where the environment does not say otherwise. Seconds; a long upload may need more."""
@@ -214,7 +216,7 @@ class Delivery:
                 if self._closing:
                     return
                 continue
-            pause_s, self.trouble = 0.0, ""
+            pause_s, self.trouble = DELIVERY_S, ""
             with self._news:
                 for step, values in batch.items():
                     if self._waiting.get(step) == values:

@@ -22,7 +22,7 @@ NEAR_BEST = 0.98
 """The knee is the smallest number of rows that reaches this share of the best rows per second."""
 TYPICAL_REFERENCES = 3
 """Reference images of the subjects that are measured."""
-REPEATS = 3
+REPEATS = 5
 """Measurements of each step."""
 PATIENCE_S = 20.0
 """For measuring the model's own size."""
