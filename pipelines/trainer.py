@@ -11,10 +11,12 @@ The run's folder, at file:// or s3://, holds all there is to go on from:
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import json
 import math
 import os
 import platform
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -237,6 +239,7 @@ def train_worker(settings: dict[str, Any]) -> Ending:
     What a restart cannot mend is noted before it is raised: the others wait for this worker, and only an error ends
     them. When all are started again, they learn it and end.
     """
+    _die_at_sigterm()
     monitor: ray.actor.ActorHandle = settings["monitor"]
     if failure := ray.get(monitor.failure.remote()):
         return Ending(step=0, failure=failure)
@@ -248,6 +251,16 @@ def train_worker(settings: dict[str, Any]) -> Ending:
         # Ray raises a task's error as a subclass whose text is the remote traceback; its cause is the error itself.
         ray.get(monitor.fail.remote(str(getattr(error, "cause", error))))
         raise
+
+
+def _die_at_sigterm() -> None:
+    """Has SIGTERM end this process at once, so that Ray Train starts it again from the last checkpoint.
+
+    Ray's own handler begins an exit that never comes while a training is under way: Ray Train would wait ten minutes.
+    Python sets handlers from the main thread alone, and that one is Ray's.
+    """
+    default = ctypes.c_void_p(int(signal.SIG_DFL))
+    ctypes.CDLL(None).signal(ctypes.c_int(signal.SIGTERM), default)
 
 
 def _trained(job: TrainingJob, monitor: ray.actor.ActorHandle) -> Ending:
