@@ -25,7 +25,7 @@ test-chaos: .venv/installed
 	$(BIN)/pytest -q -s -rs -m chaos tests/chaos
 	$(MAKE) test-chaos-training
 
-# A training that is killed 36 times, and one whose machine is taken away: half an hour on two cores.
+# A training that is killed 36 times, and one whose machine is taken away: 17 minutes on two cores.
 test-chaos-training: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m chaos tests/chaos_training
 
