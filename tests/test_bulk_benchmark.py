@@ -37,6 +37,7 @@ MODEL = ModelIdentity(base="base", image_encoder=None, weights="weights", config
         ({"generators": 0}, "generators must be from 1"),
         ({"loop_subjects": 1001}, "loop_subjects must be from 1 to subjects"),
         ({"references": 0}, "references must be from 1 to 16"),
+        ({"prompts": 17}, "prompts must be from 1 to 16"),
         ({"peak_tflops": 0.0}, "peak_tflops must be above 0"),
     ],
 )

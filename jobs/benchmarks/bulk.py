@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ import torch
 from instantbooth import Personalizer
 from instantbooth.engine import EngineConfig
 from instantbooth.errors import ParameterError
+from instantbooth.manifest import ManifestRow
 from instantbooth.miniature.samples import write_manifest
 from instantbooth.model.loading import Precision
 from instantbooth.storage import FileStore
 from jobs import cli
 from jobs.benchmarks.bulk_rivals import encode, engines_rate, loop_rate, steady_rate
-from jobs.benchmarks.encode_once import savings, write_comparison
+from jobs.benchmarks.encode_once import PROMPTS, savings, write_comparison
 from jobs.benchmarks.full_size import write_full_size
 from jobs.benchmarks.goals import at_least, conclude
 from jobs.benchmarks.peak import known_peak, share_of_peak, unet_tflop
@@ -43,7 +45,7 @@ COMPARED = 2
 
 @dataclass(frozen=True, kw_only=True)
 class BulkBenchmark:
-    """Subjects of the miniature world, four prompts each."""
+    """Subjects of the miniature world."""
 
     full_size: bool = False
     """Stable Diffusion 1.5's shapes at 512 pixels with random weights, instead of the miniature."""
@@ -53,6 +55,8 @@ class BulkBenchmark:
     """Of the loop."""
     references: int = 3
     """Reference images of each subject."""
+    prompts: int = 4
+    """Of each subject; the loop makes its pictures together, so that with few of them it batches little."""
     generators: int = GENERATORS
     """Actors that generate pictures, and engines that do so alone; without a GPU, one core each."""
     precision: Precision = "bf16" if DEVICE == "cuda" else "fp32"
@@ -78,6 +82,8 @@ class BulkBenchmark:
             )
         if not 1 <= self.references <= 16:
             raise ParameterError(f"references must be from 1 to 16, is {self.references}; correct it")
+        if not 1 <= self.prompts <= len(PROMPTS):
+            raise ParameterError(f"prompts must be from 1 to {len(PROMPTS)}, is {self.prompts}; correct it")
         if self.peak_tflops is not None and not 0 < self.peak_tflops < float("inf"):
             raise ParameterError(f"peak_tflops must be above 0, is {self.peak_tflops}; correct it, or leave it out")
 
@@ -111,8 +117,7 @@ def untrained_model(base: Path) -> ModelConfig:
 def measure(options: BulkBenchmark, model: ModelConfig, folder: Path) -> dict[str, Any]:
     """What `bulk` prints, of any model; `folder` is for inputs and outputs."""
     store = FileStore(folder)
-    list(write_manifest(store, "orders", subjects=options.subjects, references=options.references))
-    rows = load_manifest(store.uri("orders/manifest.jsonl"))
+    rows = _write_orders(options, store)
     load = partial(model.load, device=DEVICE, precision=options.precision)
     booth = load()
     loop = loop_rate(booth, rows[: options.loop_subjects], folder)
@@ -140,11 +145,19 @@ def measure(options: BulkBenchmark, model: ModelConfig, folder: Path) -> dict[st
         and {name: round(share_of_peak(each, tflop, booth.defaults, peak), 4) for name, each in rates.items()},
         "settings": vars(options)
         | {
-            "prompts": len(rows[0].prompts),
             "steps": booth.defaults.num_inference_steps,
             "rows_per_batch": options.rows_per_batch,
         },
     }
+
+
+def _write_orders(options: BulkBenchmark, store: FileStore) -> Sequence[ManifestRow]:
+    """orders/manifest.jsonl, and its rows."""
+    list(write_manifest(store, "orders", subjects=options.subjects, references=options.references))
+    uri = store.uri("orders/manifest.jsonl")
+    rows = [replace(row, prompts=PROMPTS[: options.prompts], metadata={}) for row in load_manifest(uri)]
+    store.put("orders/manifest.jsonl", "".join(row.to_json() + "\n" for row in rows).encode())
+    return rows
 
 
 def _run(

@@ -18,12 +18,12 @@ async function describedModel() {
 
 async function start() {
   const model = await describedModel();
-  status.textContent = `${model.base}, ${model.defaults.size.replace("x", " × ")}`;
   const settings = new Settings(model);
   const subjects = new Subjects(model);
   const gallery = new Gallery((picture) => composer.reuse(picture));
   const composer = new Composer({ model, settings, subjects, gallery });
   await subjects.load();
+  status.textContent = `${model.base}, ${model.defaults.size.replace("x", " × ")}`;
 }
 
 // Scripts send what forms hold, never the forms themselves: not even before the endpoint has answered.

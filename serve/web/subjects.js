@@ -38,7 +38,12 @@ export class Subjects {
     this.last = page.last_id;
     element("concepts-more").hidden = !page.has_more;
     if (!this.chosen) this.choose(page.data[0]?.id);
-    element("newcomer").open = this.concepts.size === 0;
+    element("newcomer").open = this.concepts.size === 0 || this.#begun;
+  }
+
+  /** Whether a person is at the form: a list that comes late must not fold it away under their hands. */
+  get #begun() {
+    return this.photos.files.length > 0 || element("newcomer").contains(document.activeElement);
   }
 
   get chosen() {
