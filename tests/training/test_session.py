@@ -15,6 +15,7 @@ from torch import Tensor
 
 from instantbooth.errors import TrainingError
 from instantbooth.model.flops import flops_of, peak_flops
+from instantbooth.model.loading import autocast
 from instantbooth.model.weights import load_weights
 from instantbooth.training.adapters import AdapterTrainingConfig, Draws, ExamplePreparer, unpacked
 from instantbooth.training.flops import seconds_at_peak
@@ -112,6 +113,25 @@ def test_what_may_change_on_the_way_changes(tiny: Path, batches: list[dict[str, 
     back = session(tiny, ComputeConfig(precision="bf16"))
     back.restore(after.snapshot()())
     assert back.step == 2
+
+
+@pytest.mark.parametrize(
+    ("capability", "precision", "computed"),
+    [
+        ("avx512_bf16", "bf16", torch.bfloat16),
+        ("bf16", "bf16", torch.bfloat16),
+        ("avx2", "bf16", torch.float32),
+        ("avx512_bf16", "fp32", torch.float32),
+        ("avx2", "fp16", torch.float16),
+    ],
+)
+def test_a_cpu_that_would_emulate_bf16_computes_in_fp32(
+    monkeypatch: pytest.MonkeyPatch, capability: str, precision: str, computed: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64", capability: True})
+    ones = torch.ones(2, 2)
+    with autocast(torch.device("cpu"), precision):
+        assert (ones @ ones).dtype == computed
 
 
 def counted(session: TrainingSession) -> list[None]:

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Generator, Tensor, nn
 
 from instantbooth.errors import ParameterError
+from instantbooth.model.loading import autocast
 from instantbooth.training.ahead import drawn_ahead
 from instantbooth.training.ema import EMA
 from instantbooth.training.gradient_processes import GradientProcesses
@@ -79,7 +80,8 @@ def train(
     `multiples` are of the learning rate, for parameters with another one.
     ParameterError where a checkpoint there, `name`.pt, is of a training with another configuration.
     At the end `module` holds the averaged parameters, in eval mode. Returns the loss of every step.
-    bfloat16 autocast is used throughout: on CPUs with AVX512-BF16 it halves the time of convolutions.
+    It computes in bfloat16 where the device does so itself: on CPUs with AVX512-BF16 that halves the time of
+    convolutions.
     """
     rates = multiples or {}
     parameters = {p: rates.get(p, 1.0) for p in module.parameters() if p.requires_grad}
@@ -91,7 +93,7 @@ def train(
         return draw(config.batch_size // processes, generator)
 
     def gradient(drawn: Batch) -> float:
-        with torch.autocast(device.type, dtype=torch.bfloat16):
+        with autocast(device):
             value = loss(drawn)
         for parameter in parameters:
             parameter.grad = None

@@ -14,7 +14,7 @@ import torch.distributed
 from torch import Tensor
 
 from instantbooth.errors import ParameterError, TrainingError
-from instantbooth.model.loading import DTYPES, Precision
+from instantbooth.model.loading import Precision, autocast
 from instantbooth.model.personalizer import Personalizer
 from instantbooth.model.weights import weights_files
 from instantbooth.training.adapters import AdapterObjective, AdapterTrainingConfig, optimizer_for, seed_of
@@ -35,7 +35,8 @@ class ComputeConfig:
     """How a step is computed; the method is the same."""
 
     precision: Precision = "bf16"
-    """Autocast: bf16 is twice as fast as fp32 on GPUs and on CPUs with AVX512-BF16; fp16 scales its loss."""
+    """Autocast: bf16 is twice as fast as fp32 on GPUs and on CPUs with AVX512-BF16, and is fp32 on CPUs without such
+    arithmetic; fp16 scales its loss."""
     accumulation: int = 1
     """Parts into which each worker cuts its share of a batch, to hold fewer rows in memory at once."""
     gradient_checkpointing: bool = False
@@ -143,7 +144,7 @@ class TrainingSession:
         """
         steps = self.booth.base.schedule.num_train_timesteps
         losses = {}
-        with self.averaged(), self._autocast():
+        with self.averaged(), autocast(self.device, self.compute.precision):
             for bucket in range(buckets):
                 timestep = (2 * bucket + 1) * steps // (2 * buckets)
                 losses[f"validation/loss_t{timestep:03d}"] = self._loss_at(timestep, batch)
@@ -215,7 +216,7 @@ class TrainingSession:
         rows = {name: values.chunk(parts) for name, values in batch.items()}
         for part in range(parts):
             examples = {name: chunks[part] for name, chunks in rows.items()}
-            with self._autocast():
+            with autocast(self.device, self.compute.precision):
                 loss = self.objective(examples, self.objective.draw_at(examples["position"])) / parts
             self.scaler.scale(loss).backward()
             total += loss.detach()
@@ -239,10 +240,6 @@ class TrainingSession:
         for parameter, part in zip(self.parameters, parts, strict=True):
             parameter.grad = part.view_as(parameter).to(parameter.dtype)
         return float(flat[0]), wishes
-
-    def _autocast(self) -> torch.autocast:
-        dtype = DTYPES[self.compute.precision]
-        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 def check_run(files: Mapping[str, bytes], fingerprint: str) -> None:

@@ -13,6 +13,7 @@ from instantbooth.evaluation.methods.interface import Reference
 from instantbooth.images import check_image
 from instantbooth.model.base import BaseModel
 from instantbooth.model.encoders import resize_to_tensor
+from instantbooth.model.loading import autocast
 from instantbooth.model.objective import add_noise, denoising_loss, draw_timesteps
 
 CLIP_NORM = 1.0
@@ -58,7 +59,10 @@ def descend(
     weight_decay: float,
     seed: int,
 ) -> list[float]:
-    """AdamW in bfloat16 autocast; the rate is constant, then falls to 0 over the second half. Returns all losses."""
+    """AdamW, in bfloat16 where the device has it; the rate is constant, then falls to 0 over the second half.
+
+    Returns all losses.
+    """
     trained = list(parameters)
     optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay, fused=True)
     generator = Generator().manual_seed(seed)
@@ -66,7 +70,7 @@ def descend(
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * min(1.0, 2 * (1 - step / steps))
-        with torch.autocast(trained[0].device.type, dtype=torch.bfloat16):
+        with autocast(trained[0].device):
             value = loss(generator)
         optimizer.zero_grad()
         value.backward()
