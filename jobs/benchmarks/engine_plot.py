@@ -25,7 +25,7 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
 def _curve(axes: Any, by_rows: Mapping[str, float], knee: int) -> None:
     axes.plot([int(rows) for rows in by_rows], list(by_rows.values()), marker="o")
     axes.axvline(knee, linestyle="--", color="grey")
-    axes.annotate(f"knee: {knee} rows", (knee, 0), xytext=(4, 4), textcoords="offset points", color="grey")
+    axes.annotate(f"knee: {knee} rows", (knee, 0), xytext=(-4, 4), textcoords="offset points", ha="right", color="grey")
     axes.set_xscale("log", base=2)
     axes.set_xticks([int(rows) for rows in by_rows], list(by_rows))
     axes.set_ylim(bottom=0)
