@@ -20,7 +20,7 @@ from instantbooth.evaluation.ip_adapter.origin import MODELS, RECORD, trained_fo
 from instantbooth.miniature.corpus import Corpus, render_corpus
 from instantbooth.miniature.ip_adapter import train_ip_adapter
 from instantbooth.miniature.pairs import Pairs, corpus_latents
-from instantbooth.miniature.recipe import RECIPES
+from instantbooth.miniature.recipe import RECIPES, check_destination, ship
 from instantbooth.model.base import BaseModel, device_of
 from instantbooth.model.encoders import ImageEncoder
 from instantbooth.presets import miniature_folder
@@ -35,6 +35,8 @@ class IPAdapterJob:
 
     output: Path = Path("out/ip_adapter")
     """Rendered pairs, checkpoints and the trained files."""
+    ship: Path | None = None
+    """Where to put them in float16, for example platform/instantbooth/miniature/weights/ip_adapter."""
     variants: tuple[str, ...] = weights.VARIANTS
     """"global" reads CLIP's global feature, "plus" its patch tokens through a resampler."""
     models: Path | None = None
@@ -47,6 +49,8 @@ class IPAdapterJob:
         for variant in self.variants:
             if variant not in weights.VARIANTS:
                 raise ParameterError(f"variant {variant!r} is unknown. {did_you_mean(variant, weights.VARIANTS)}")
+            if self.ship is not None:
+                check_destination(self.ship / variant)
 
 
 def run(job: IPAdapterJob) -> None:
@@ -59,14 +63,16 @@ def run(job: IPAdapterJob) -> None:
     plans = {variant: plan(job, models, variant) for variant in job.variants}
     for variant, planned in plans.items():
         check_record(job.output / variant / RECORD, planned)
-    corpus = render_corpus("pretraining", job.recipe.adapter_pictures, 1, job.output / "corpora")
-    for variant, planned in plans.items():
-        record_path = job.output / variant / RECORD
-        if not record_path.exists():
-            record_path.parent.mkdir(parents=True, exist_ok=True)
-            record = planned | _train(job, models, corpus, variant, planned)
-            record_path.write_text(json.dumps(record, indent=2) + "\n")
-        print(f"{variant}: {record_path.read_text()}")
+    missing = {variant: planned for variant, planned in plans.items() if not (job.output / variant / RECORD).exists()}
+    if missing:
+        corpus = render_corpus("pretraining", job.recipe.adapter_pictures, 1, job.output / "corpora")
+        for variant, planned in missing.items():
+            _train(job, models, corpus, variant, planned)
+    for variant in plans:
+        trained = job.output / variant
+        print(f"{variant}: {(trained / RECORD).read_text()}")
+        if job.ship is not None:
+            print(f"shipped {ship(trained, job.ship / variant) / 1e6:.1f} MB to {job.ship / variant}")
 
 
 def plan(job: IPAdapterJob, models: Path, variant: str) -> dict[str, Any]:
@@ -94,7 +100,8 @@ def check_record(path: Path, planned: dict[str, Any]) -> None:
             )
 
 
-def _train(job: IPAdapterJob, models: Path, corpus: Corpus, variant: str, planned: dict[str, Any]) -> dict[str, object]:
+def _train(job: IPAdapterJob, models: Path, corpus: Corpus, variant: str, planned: dict[str, Any]) -> None:
+    """Trains a variant, or goes on from its checkpoint; its record is written last."""
     device = device_of(job.device)
     base = BaseModel.load(str(models / "base"), device=device, dtype=torch.float32)
     encoder = ImageEncoder(models / "clip", patch_layer=weights.PLUS_LAYER, device=device, dtype=torch.float32)
@@ -102,14 +109,16 @@ def _train(job: IPAdapterJob, models: Path, corpus: Corpus, variant: str, planne
     started = time.perf_counter()
     # Another plan's checkpoints, or another base's, are not gone on from.
     checkpoints = job.output / "checkpoints" / sha256(json.dumps(planned).encode()).hexdigest()[:12]
-    trained, losses = train_ip_adapter(variant, base, encoder, pairs, job.recipe.adapters, folder=checkpoints)
-    weights.save(trained.state(), job.output / variant / weights.FILE)
-    return {
-        "parameters": sum(parameter.numel() for parameter in trained.trained.parameters()),
+    objective, losses = train_ip_adapter(variant, base, encoder, pairs, job.recipe.adapters, folder=checkpoints)
+    record = planned | {
+        "parameters": sum(parameter.numel() for parameter in objective.trained.parameters()),
         "steps": len(losses),
         "loss": last_loss(losses),
         "seconds_of_the_last_run": round(time.perf_counter() - started),
     }
+    folder = job.output / variant
+    weights.save(objective.state(), folder / weights.FILE)
+    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":

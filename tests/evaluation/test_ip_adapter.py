@@ -180,6 +180,20 @@ def test_it_is_trained_as_instantbooth_is_and_what_is_there_is_of_the_same(tmp_p
         check_record(tmp_path / "plus" / RECORD, planned | {MODELS: changed})
 
 
+def test_what_is_trained_already_is_shipped_in_half_precision(tmp_path: Path, tiny: Path) -> None:
+    trained, shipped = tmp_path / "trained", tmp_path / "shipped"
+    state = objective(tiny, "plus").state()
+    weights.save(state, trained / "plus" / weights.FILE)
+    job = IPAdapterJob(output=trained, ship=shipped, variants=("plus",), models=tiny)
+    (trained / "plus" / RECORD).write_text(json.dumps(plan(job, tiny, "plus")))
+    run(job)
+    halves = weights.load(shipped / "plus" / weights.FILE, "plus")
+    assert {part: set(tensors) for part, tensors in halves.items()} == {part: set(state[part]) for part in state}
+    for name, tensor in state["ip_adapter"].items():
+        assert torch.equal(halves["ip_adapter"][name], tensor.half())
+    check_origin(shipped / "plus" / weights.FILE, tiny / "base", tiny / "clip")
+
+
 @pytest.fixture
 def elsewhere() -> Iterator[ProcessPoolExecutor]:
     """A process without Ray, whose threads do not survive the fork that several training processes come from."""

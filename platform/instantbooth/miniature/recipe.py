@@ -451,15 +451,15 @@ def _tokenized(booth: Personalizer, caption: str, noun: str) -> tuple[list[int],
 
 
 def check_destination(folder: Path) -> None:
-    """Raises ParameterError where shipping would replace anything but an earlier miniature."""
+    """Raises ParameterError where shipping would replace anything but what was shipped earlier."""
     if folder.exists() and not (folder / RECORD).is_file() and (folder.is_file() or any(folder.iterdir())):
-        raise ParameterError(f"{folder} holds something else than a miniature; name an empty or new folder")
+        raise ParameterError(f"{folder} holds something else than shipped models; name an empty or new folder")
 
 
 def ship(models: Path, destination: Path) -> int:
     """Copies the models with their tensors in float16; returns the bytes shipped.
 
-    An earlier miniature there is replaced once all is copied. ParameterError where something else is there.
+    What was shipped there earlier is replaced once all is copied. ParameterError where something else is there.
     """
     check_destination(destination)
     partial = destination.with_name(f"{destination.name}.partial")
