@@ -38,7 +38,7 @@ from instantbooth.storage import open_store
 from jobs import cli
 
 SETTINGS = "settings.json"
-"""What `tune` leaves in its output: settings of the methods that it tuned."""
+"""What `tune` leaves in its output: settings of the methods that it tuned. The miniature ships its own."""
 IP_ADAPTER = "ip_adapter"
 """Folder of the shipped miniature with the peer's weights."""
 GALLERY_REFERENCES = 5
@@ -121,7 +121,8 @@ class Protocol:
     for Stable Diffusion 1.x read laion/CLIP-ViT-H-14-laion2B-s32B-b79K."""
     settings: Path | None = None
     """Hyperparameters of the methods, as `tune` writes them; by default settings.json in `output`, if `tune` left one
-    there. Methods that it does not name have the miniature's defaults, or those usual for photographs."""
+    there, else the shipped miniature's. Methods that it does not name have untuned defaults, or those usual for
+    photographs."""
     split: Split = "test"
     """Which held-out identities; hyperparameters are chosen on validation. All of DreamBench's are for the test."""
     identities: int = 20
@@ -174,15 +175,19 @@ class Protocol:
     @cached_property
     def settings_file(self) -> tuple[str, str] | None:
         """Name and text of the file that the methods' settings are read from, if any. Raises ParameterError."""
+        if self.settings is not None:
+            try:
+                return str(self.settings), self.settings.read_text()
+            except OSError as error:
+                raise ParameterError(
+                    f"{self.settings} cannot be read ({error}); name a file that `jobs.evaluate tune` wrote"
+                ) from error
         store = open_store(self.output)
-        if self.settings is None:
-            return (store.uri(SETTINGS), store.get(SETTINGS).decode()) if store.exists(SETTINGS) else None
-        try:
-            return str(self.settings), self.settings.read_text()
-        except OSError as error:
-            raise ParameterError(
-                f"{self.settings} cannot be read ({error}); name a file that `jobs.evaluate tune` wrote"
-            ) from error
+        if store.exists(SETTINGS):
+            return store.uri(SETTINGS), store.get(SETTINGS).decode()
+        shipped = miniature_folder() / SETTINGS
+        of_these_models = not self.real and self.models is None
+        return (str(shipped), shipped.read_text()) if of_these_models and shipped.exists() else None
 
     @property
     def methods_set(self) -> list[str]:
