@@ -24,7 +24,6 @@ from rich.progress import (
     TaskID,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 
 from instantbooth.errors import InstantBoothError, ParameterError, StoppedError
@@ -109,8 +108,9 @@ def following(title: str, total: int, look: Callable[[], tuple[int, str]], *, do
     def update(progress: Progress, bar: TaskID) -> None:
         # Who is asked may be gone with the work. How that ended is not for its bar to say.
         with suppress(Exception):
-            done, word = look()
-            progress.update(bar, completed=done, word=word)
+            now, word = look()
+            pace = _pace(now - done, total - now, progress.tasks[bar].elapsed or 0.0)
+            progress.update(bar, completed=now, word=word, pace=pace)
 
     def follow(progress: Progress, bar: TaskID) -> None:
         due = time.monotonic()
@@ -121,8 +121,8 @@ def following(title: str, total: int, look: Callable[[], tuple[int, str]], *, do
                 progress.console.print(_plain(progress.tasks[bar]), soft_wrap=True, markup=False, highlight=False)
 
     columns = (TextColumn("{task.description:12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[word]}")) as progress:
-        bar = progress.add_task(title, total=total, completed=done, word="")
+    with Progress(*columns, TextColumn("{task.fields[pace]}  {task.fields[word]}")) as progress:
+        bar = progress.add_task(title, total=total, completed=done, word="", pace="")
         follower = threading.Thread(target=follow, args=(progress, bar), daemon=True)
         follower.start()
         try:
@@ -133,11 +133,17 @@ def following(title: str, total: int, look: Callable[[], tuple[int, str]], *, do
             update(progress, bar)
 
 
+def _pace(done: int, left: int, elapsed: float) -> str:
+    """How fast it goes since its start, in words; nothing before anything is done.
+
+    rich's own rate is that of the last seconds, and steps that take minutes come in bursts.
+    """
+    if done <= 0 or elapsed <= 0:
+        return ""
+    return f"{done / elapsed:.3g} a second, {timedelta(seconds=round(left * elapsed / done))} left"
+
+
 def _plain(task: Task) -> str:
     """A bar in words."""
-    words = [f"{task.description}: {task.completed:g} of {task.total:g}", task.fields["word"]]
-    if task.speed:
-        words.append(f"{task.speed:.3g} a second")
-    if task.time_remaining is not None:
-        words.append(f"{timedelta(seconds=round(task.time_remaining))} left")
-    return ", ".join(words)
+    words = [f"{task.description}: {task.completed:g} of {task.total:g}", task.fields["word"], task.fields["pace"]]
+    return ", ".join(filter(None, words))
