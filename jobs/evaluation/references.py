@@ -6,7 +6,6 @@ import json
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from instantbooth.evaluation.cases import check_count
@@ -15,7 +14,7 @@ from instantbooth.storage import open_store
 from jobs import cli
 from jobs.evaluation.protocol import Protocol, refuse_unused
 from jobs.evaluation.sweep import Entrant, sweep
-from jobs.evaluation.table1 import judge_made, made_by, row_of
+from jobs.evaluation.table1 import console, judge_made, made_by, row_of
 
 FILE = "references.json"
 SHOWN = ("alignment", "prompt_accuracy", "face_similarity", "identification", "reconstruction", "seconds_picture")
@@ -67,4 +66,4 @@ def _show(rows: dict[str, dict[str, dict[str, Any]]]) -> None:
     for method in counts[0]:
         for count, found in rows.items():
             table.add_row(METHODS[method].title, count, *(f"{found[method][name]['mean']:.3f}" for name in names))
-    Console().print(table)
+    console().print(table)

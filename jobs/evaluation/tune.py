@@ -8,7 +8,6 @@ import math
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from instantbooth.errors import ParameterError
@@ -18,7 +17,7 @@ from instantbooth.storage import open_store
 from jobs import cli
 from jobs.evaluation.protocol import SETTINGS, Protocol
 from jobs.evaluation.sweep import Entrant
-from jobs.evaluation.table1 import rows_of
+from jobs.evaluation.table1 import console, rows_of
 
 TRIALS = "tuning.json"
 SHOWN = ("prompt_accuracy", "alignment", "face_similarity", "identification", "seconds")
@@ -32,7 +31,7 @@ class Grid:
     textual_inversion_steps: tuple[int, ...] = (500, 1500)
     dreambooth_learning_rate: tuple[float, ...] = (3e-5, 1e-4, 3e-4)
     dreambooth_steps: tuple[int, ...] = (200, 600)
-    dreambooth_lora_learning_rate: tuple[float, ...] = (5e-4, 1e-3, 3e-3)
+    dreambooth_lora_learning_rate: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     dreambooth_lora_steps: tuple[int, ...] = (200, 600)
     ip_adapter_scale: tuple[float, ...] = (0.4, 0.6, 0.8, 1.0, 1.2)
     ip_adapter_plus_scale: tuple[float, ...] = (0.4, 0.6, 0.8, 1.0, 1.2)
@@ -116,4 +115,4 @@ def _show(rows: dict[str, dict[str, Any]]) -> None:
     table = Table("trial", "score", *names)
     for label, row in sorted(rows.items(), key=lambda item: -item[1]["score"]):
         table.add_row(label, f"{row['score']:.3f}", *(f"{row[name]['mean']:.3f}" for name in names))
-    Console().print(table)
+    console().print(table)
