@@ -36,7 +36,7 @@ class IPAdapterJob:
     output: Path = Path("out/ip_adapter")
     """Rendered pairs, checkpoints and the trained files."""
     ship: Path | None = None
-    """Where to put them in float16, for example platform/instantbooth/miniature/weights/ip_adapter."""
+    """Where to put these in float16 as well, without pairs and checkpoints; `jobs.evaluate --ip-adapter` reads both."""
     variants: tuple[str, ...] = weights.VARIANTS
     """"global" reads CLIP's global feature, "plus" its patch tokens through a resampler."""
     models: Path | None = None

@@ -90,7 +90,7 @@ def test_the_shipped_weights_were_made_by_the_recipe_that_is_named() -> None:
     }
 
 
-def test_shipping_replaces_nothing_but_a_miniature(tmp_path: Path) -> None:
+def test_shipping_replaces_nothing_but_what_was_shipped(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("the only copy")
     with pytest.raises(ParameterError, match="holds something else than shipped models"):
         ship(tmp_path / "models", tmp_path)
