@@ -28,10 +28,11 @@ def measure(variants: Mapping[str, Callable[[], object]], repeats: int, device: 
 
 
 def machine(device: str) -> str:
-    """The machine, as every result names it."""
+    """The machine, as every result names it: a CPU by its vector units too, for several kinds share a name."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
-    return f"{_processor()}, {torch.get_num_threads()} threads"
+    count = torch.get_num_threads()
+    return f"{_processor()} ({torch.backends.cpu.get_cpu_capability()}), {count} thread{'s' if count > 1 else ''}"
 
 
 def _processor() -> str:

@@ -27,7 +27,7 @@ def signal_and_noise(timesteps: Tensor, schedule: NoiseSchedule, like: Tensor) -
 
 
 def denoising_loss(prediction: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
-    """L = E ‖target − prediction‖²; with weights [B, 1, h, w], the weighted squares' mean."""
+    """L = E ‖target − prediction‖²; with weights [B, 1, h, w] or [B, 1, 1, 1], the weighted squares' mean."""
     errors = F.mse_loss(prediction.float(), target.float(), reduction="none")
     return errors.mean() if weights is None else (errors * weights).mean()
 

@@ -93,17 +93,19 @@ class DreamBooth(Method[TunedBase]):
         write_out_attention(tuned.unet, tuned.text_encoder)
         parameters = self._trainable(tuned.unet, tuned.text_encoder)
         prompts, count = [expand(PROMPT, class_noun), _class_prompt(class_noun)], config.batch_size
+        # Twice: each half's mean is wanted, and the loss is the mean of both together.
+        weights = 2 * torch.tensor([1.0, config.prior_weight], device=latents.device)
+        weights = weights.repeat_interleave(count).view(-1, 1, 1, 1)
 
         def loss(generator: Generator) -> Tensor:
             own = latents[draw_rows(len(latents), count, generator)]
-            texts = encode_prompts(tuned, prompts)
-            value = noise_prediction_loss(tuned, own, texts[:1].expand(count, -1, -1), generator)
             if not config.prior_weight:
-                return value
+                texts = encode_prompts(tuned, prompts[:1]).expand(count, -1, -1)
+                return noise_prediction_loss(tuned, own, texts, generator)
             prior = self._priors[class_noun]
-            others = prior[draw_rows(len(prior), count, generator)]
-            preserved = noise_prediction_loss(tuned, others, texts[1:].expand(count, -1, -1), generator)
-            return value + config.prior_weight * preserved
+            rows = torch.cat([own, prior[draw_rows(len(prior), count, generator)]])
+            texts = encode_prompts(tuned, prompts).repeat_interleave(count, dim=0)
+            return noise_prediction_loss(tuned, rows, texts, generator, weights)
 
         descend(
             parameters,

@@ -36,12 +36,17 @@ def image_latents(base: BaseModel, images: Sequence[Image.Image], *, batch_size:
     return torch.cat([base.encode_pixels(batch) for batch in pixels.split(batch_size)])
 
 
-def noise_prediction_loss(base: BaseModel, latents: Tensor, prompt_embeds: Tensor, generator: Generator) -> Tensor:
-    """The denoising loss of latents [B, C, h, w] under their prompts [B, T, W], noise and timesteps drawn anew."""
+def noise_prediction_loss(
+    base: BaseModel, latents: Tensor, prompt_embeds: Tensor, generator: Generator, weights: Tensor | None = None
+) -> Tensor:
+    """The denoising loss of latents [B, C, h, w] under their prompts [B, T, W], noise and timesteps drawn anew.
+
+    Weights are as `denoising_loss` has them.
+    """
     timesteps = draw_timesteps(len(latents), base.schedule, generator).to(latents.device)
     noise = torch.randn(latents.shape, generator=generator).to(latents)
     noisy, target = add_noise(latents, noise, timesteps, base.schedule)
-    return denoising_loss(base.unet(noisy, timesteps, prompt_embeds).sample, target)
+    return denoising_loss(base.unet(noisy, timesteps, prompt_embeds).sample, target, weights)
 
 
 def draw_rows(count: int, rows: int, generator: Generator) -> Tensor:
