@@ -18,7 +18,7 @@ from instantbooth.errors import ParameterError, did_you_mean
 from instantbooth.evaluation.ip_adapter import weights
 from instantbooth.evaluation.ip_adapter.origin import MODELS, RECORD, trained_for
 from instantbooth.miniature.corpus import Corpus, render_corpus
-from instantbooth.miniature.ip_adapter import train_ip_adapter
+from instantbooth.miniature.ip_adapter import train_ip_adapter, training_of
 from instantbooth.miniature.pairs import Pairs, corpus_latents
 from instantbooth.miniature.recipe import RECIPES, check_destination, ship
 from instantbooth.model.base import BaseModel, device_of
@@ -81,7 +81,7 @@ def plan(job: IPAdapterJob, models: Path, variant: str) -> dict[str, Any]:
         "variant": variant,
         MODELS: trained_for(models / "base", models / "clip"),
         "pictures": job.recipe.adapter_pictures,
-        "training": asdict(job.recipe.adapters),
+        "training": asdict(training_of(job.recipe.adapters)),
     }
     found: dict[str, Any] = json.loads(json.dumps(planned))
     return found
@@ -109,7 +109,9 @@ def _train(job: IPAdapterJob, models: Path, corpus: Corpus, variant: str, planne
     started = time.perf_counter()
     # Another plan's checkpoints, or another base's, are not gone on from.
     checkpoints = job.output / "checkpoints" / sha256(json.dumps(planned).encode()).hexdigest()[:12]
-    objective, losses = train_ip_adapter(variant, base, encoder, pairs, job.recipe.adapters, folder=checkpoints)
+    objective, losses = train_ip_adapter(
+        variant, base, encoder, pairs, training_of(job.recipe.adapters), folder=checkpoints
+    )
     record = planned | {
         "parameters": sum(parameter.numel() for parameter in objective.trained.parameters()),
         "steps": len(losses),

@@ -168,13 +168,13 @@ def test_the_goals_are_those_of_the_method_and_each_can_be_missed() -> None:
 
     own = {"instantbooth": row(0, 0, 0, 1)}
     reached = own | {
-        "textual-inversion": row(0.01, -0.01, 0, 250),
-        "dreambooth": row(0.01, -0.01, 0, 100),
-        "ip-adapter": row(-0.05, 0, 0.01, 1),
+        "textual-inversion": row(0.11, -0.11, 0, 250),
+        "dreambooth": row(0.11, -0.11, 0, 100),
+        "ip-adapter": row(-0.009, 0, 0.11, 1),
     }
     assert len(goals_of(reached)) == 8
     assert all(met for _, _, met in goals_of(reached).values())
-    missed = own | {"dreambooth": row(0, 0.01, 0, 99), "ip-adapter": row(-0.2, 0, 0, 1)}
+    missed = own | {"dreambooth": row(0.09, -0.09, 0, 99), "ip-adapter": row(-0.02, 0, 0.09, 1)}
     assert not any(met for _, _, met in goals_of(missed).values())
     assert goals_of({"dreambooth": reached["dreambooth"]}) == {}
     elsewhere = {"instantbooth_more": reached["dreambooth"]["instantbooth_more"]}
@@ -190,6 +190,9 @@ def test_a_peer_is_met_where_its_scales_give_the_same_alignment() -> None:
     assert goals_at_equal_alignment(row(0.25, 0.7), curve)[name] == (pytest.approx(0.1), 0, True)
     assert goals_at_equal_alignment(row(0.25, 0.5), curve)[name] == (pytest.approx(-0.1), 0, False)
     assert goals_at_equal_alignment(row(0.4, 0.5), curve)[name] == (pytest.approx(0.1), 0, True)
+    assert goals_at_equal_alignment(row(0.1, 0.7), curve)[name] == (pytest.approx(-0.1), 0, False)
+    turning = {"ip-adapter": [row(0.3, 0.3), row(0.31, 0.45), row(0.2, 0.8)]}
+    assert goals_at_equal_alignment(row(0.3, 0.4), turning)[name][2] is False, "better on both axes at a higher scale"
 
 
 def test_what_was_made_of_other_subjects_or_models_is_left_out_of_the_page(tmp_path: Path) -> None:
@@ -349,6 +352,28 @@ def test_tuning_tries_each_value_with_each_and_never_on_the_test_split(tmp_path:
         tune(Tune(split="test"))
     with pytest.raises(ParameterError, match="Did you mean 'dreambooth'"):
         tune(Tune(methods=("dreamboth",)))
+
+
+def test_earlier_trials_compete_and_a_best_value_at_the_edge_is_told(
+    ray_session: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = {"identities": 2, "gallery": 2, "references": 1, "prompts_per_kind": 1, "cpus": 1, **FAST}
+    options = Tune(output=str(tmp_path), methods=("textual-inversion",), **small)
+    grids = [Grid(textual_inversion_learning_rate=(rate,), textual_inversion_steps=(1,)) for rate in (1e-9, 10.0)]
+    for grid in grids:
+        tune(replace(options, grid=grid))
+    trials = json.loads((tmp_path / "tuning.json").read_text())
+    assert [each["settings"]["learning_rate"] for each in trials.values()] == [10.0, 1e-9]
+    best = max(trials.values(), key=lambda row: row["score"])
+    chosen = json.loads((tmp_path / "settings.json").read_text())["textual_inversion"]
+    assert chosen == best["settings"]
+    edge = "lowest" if chosen["learning_rate"] < 1 else "highest"
+    assert f"learning_rate {chosen['learning_rate']:g} is the {edge} tried" in capsys.readouterr().out
+
+    for record in (tmp_path / "cells").rglob("cell.json"):
+        record.unlink()
+    tune(replace(options, grid=grids[0]))
+    assert len(json.loads((tmp_path / "tuning.json").read_text())) == 1, "a trial without cells cannot be judged"
 
 
 def test_a_trial_that_gives_up_one_figure_for_the_other_does_not_win() -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-import numpy as np
 
 from instantbooth.evaluation.methods.registry import METHODS
 from jobs.benchmarks.goals import Goal, at_least
@@ -16,13 +15,16 @@ FASTER = {"textual-inversion": 250.0, "dreambooth": 100.0}
 """Methods that are to be beaten on alignment and face distance, and by how many times in speed."""
 PEERS = ("ip-adapter", "ip-adapter-plus")
 """Methods that are to be beaten in identification at equal alignment."""
+EQUAL_ALIGNMENT = 0.01
+"""An alignment so much lower than another still counts as equal."""
+SURE = "95 % sure"
 
 
 def goals_of(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Goal]:
     """The goals that a table's rows decide; none without InstantBooth among them.
 
-    Alignment counts as not below a peer's where the 95 % interval of the difference, subject by subject, reaches 0.
-    Times of other machines than InstantBooth's reach no goal.
+    A lead counts where the 95 % interval of the difference, subject by subject, holds nothing else; its lower end is
+    what the goal shows. Times of other machines than InstantBooth's reach no goal.
     """
     goals: dict[str, Goal] = {}
     if REFERENCE not in rows:
@@ -30,31 +32,39 @@ def goals_of(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Goal]:
     for name, times in FASTER.items():
         if name in rows:
             title, more = METHODS[name].title, rows[name]["instantbooth_more"]
-            goals[f"alignment above {title}'s"] = _above(more["alignment"]["mean"])
-            goals[f"face distance below {title}'s"] = _above(-more["face_distance"]["mean"])
+            goals[f"alignment above {title}'s, {SURE}"] = _above(more["alignment"]["low"])
+            goals[f"face distance below {title}'s, {SURE}"] = _above(-more["face_distance"]["high"])
             goals[f"times as fast as {title}"] = at_least(rows[name].get("seconds_ratio", 0.0), times)
     for name in PEERS:
         if name in rows:
             title, more = METHODS[name].title, rows[name]["instantbooth_more"]
-            goals[f"identification above {title}'s"] = _above(more["identification"]["mean"])
-            goals[f"alignment not below {title}'s"] = at_least(more["alignment"]["high"], 0.0)
+            goals[f"identification above {title}'s, {SURE}"] = _above(more["identification"]["low"])
+            goals[f"alignment not below {title}'s"] = at_least(more["alignment"]["mean"], -EQUAL_ALIGNMENT)
     return goals
 
 
 def goals_at_equal_alignment(
     own: Mapping[str, Any], curves: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> dict[str, Goal]:
-    """Whether a method's row is above its peers' identification where their scales give its own alignment.
-
-    Between two scales a peer's curve is taken for straight. Beyond its ends it stays what it is there.
-    """
+    """Whether a method's row is above its peers' best identification at its own alignment or a higher one."""
     goals = {}
     for name, rows in curves.items():
-        curve = sorted((row["alignment"]["mean"], row["identification"]["mean"]) for row in rows)
-        peer = np.interp(own["alignment"]["mean"], *zip(*curve, strict=True))
-        lead = own["identification"]["mean"] - float(peer)
+        curve = [(row["alignment"]["mean"], row["identification"]["mean"]) for row in rows]
+        lead = own["identification"]["mean"] - _best_at(own["alignment"]["mean"], curve)
         goals[f"identification above {METHODS[name].title}'s at equal alignment"] = _above(lead)
     return goals
+
+
+def _best_at(alignment: float, curve: Sequence[tuple[float, float]]) -> float:
+    """The best identification of a curve at this alignment or above; at the highest that it has, where that is less.
+
+    `curve` is in the order of its scales, and straight between two of them.
+    """
+    reached = [identification for x, identification in curve if x >= alignment]
+    for (x, y), (other_x, other_y) in itertools.pairwise(curve):
+        if min(x, other_x) < alignment < max(x, other_x):
+            reached.append(y + (other_y - y) * (alignment - x) / (other_x - x))
+    return max(reached) if reached else max(curve)[1]
 
 
 def _above(lead: float) -> Goal:

@@ -63,13 +63,19 @@ def sweep(protocol: Protocol, entrants: Sequence[Entrant]) -> dict[str, list[Cel
 
     A task's InputError or WeightsError is raised as itself. ParameterError where the cluster cannot run a task.
     """
-    cases = protocol.cases()
-    kept = {each.label: _cells(protocol, each.method, each.digest) for each in entrants}
-    tasks = [(each, number) for each in entrants for number, case in enumerate(cases) if not kept[each.label].has(case)]
-    if tasks:
+    if tasks := missing(protocol, entrants):
         with ray_cluster():
             _run(protocol, tasks)
+    cases = protocol.cases()
+    kept = {each.label: _cells(protocol, each.method, each.digest) for each in entrants}
     return {label: [cells.read(case) for case in cases] for label, cells in kept.items()}
+
+
+def missing(protocol: Protocol, entrants: Sequence[Entrant]) -> list[tuple[Entrant, int]]:
+    """Entrants and the places of the subjects whose cells are not made yet."""
+    cases = protocol.cases()
+    kept = [(each, _cells(protocol, each.method, each.digest)) for each in entrants]
+    return [(each, number) for each, cells in kept for number, case in enumerate(cases) if not cells.has(case)]
 
 
 def _run(protocol: Protocol, tasks: Sequence[tuple[Entrant, int]]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from instantbooth.evaluation.photographs import Split
 from instantbooth.storage import open_store
 from jobs import cli
 from jobs.evaluation.protocol import SETTINGS, Protocol
-from jobs.evaluation.sweep import Entrant
+from jobs.evaluation.sweep import Entrant, missing
 from jobs.evaluation.table1 import console, rows_of
 
 TRIALS = "tuning.json"
@@ -66,21 +67,27 @@ def tune(options: cli.Flat[Tune]) -> None:
     """Writes settings.json, which the other commands read there, and tuning.json, which holds every trial's figures.
 
     The best trial has the highest geometric mean of prompt accuracy (alignment, of photographs) and face similarity:
-    one that buys either of them with the other does not win.
+    one that buys either of them with the other does not win. Trials that earlier runs left in the output compete too.
     """
     if options.split == "test":
         raise ParameterError("hyperparameters are not chosen on the split they are judged on; leave --split out")
     options.check(options.methods)
-    trials = {name: candidates(name, options.parts, options.grid) for name in options.methods}
+    store = open_store(options.output)
+    earlier = json.loads(store.get(TRIALS)) if store.exists(TRIALS) else {}
+    trials = {
+        name: with_earlier(candidates(name, options.parts, options.grid), earlier, options) for name in options.methods
+    }
     rows = rows_of(options, [each for entrants in trials.values() for each in entrants])
     chosen = options.parts.settings
     for name, entrants in trials.items():
-        best = max(entrants, key=lambda each: score(rows[each.label]))
-        chosen = with_settings(chosen, name, best.parts.settings.of(name))
-    store = open_store(options.output)
-    for row in rows.values():
-        row["score"] = score(row)
-    store.put(TRIALS, (json.dumps(rows, indent=2) + "\n").encode())
+        best = max(entrants, key=lambda each: score(rows[each.label])).parts.settings.of(name)
+        chosen = with_settings(chosen, name, best)
+        for line in at_the_edge(name, best, [each.parts.settings.of(name) for each in entrants]):
+            print(line)
+    for label, row in rows.items():
+        row |= {"method": label.partition(" ")[0], "score": score(row)}
+    others = {label: row for label, row in earlier.items() if row["method"] not in trials}
+    store.put(TRIALS, (json.dumps(others | rows, indent=2) + "\n").encode())
     tuned = chosen.to_json({*options.methods_set, *trials})
     store.put(SETTINGS, tuned.encode())
     _show(rows)
@@ -93,10 +100,40 @@ def candidates(method: str, parts: Parts, grid: Grid) -> list[Entrant]:
     entrants = []
     for combination in itertools.product(*values.values()):
         changes = dict(zip(values, combination, strict=True))
-        settings = with_settings(parts.settings, method, replace(parts.settings.of(method), **changes))
         label = " ".join([method, *(f"{name}={value:g}" for name, value in changes.items())])
-        entrants.append(Entrant(label=label, method=method, parts=replace(parts, settings=settings)))
+        entrants.append(_entrant(label, method, replace(parts.settings.of(method), **changes), parts))
     return entrants
+
+
+def _entrant(label: str, method: str, own: Any, parts: Parts) -> Entrant:
+    settings = with_settings(parts.settings, method, own)
+    return Entrant(label=label, method=method, parts=replace(parts, settings=settings))
+
+
+def with_earlier(entrants: list[Entrant], rows: Mapping[str, Mapping[str, Any]], options: Tune) -> list[Entrant]:
+    """The entrants of a method, and those of earlier rows whose cells are all still there, of the same models."""
+    method, parts = entrants[0].method, entrants[0].parts
+    found = {each.label: each for each in entrants}
+    for label, row in rows.items():
+        if row["method"] == method and label not in found:
+            entrant = _entrant(label, method, replace(parts.settings.of(method), **row["settings"]), parts)
+            if not missing(options, [entrant]):
+                found[label] = entrant
+    return list(found.values())
+
+
+def at_the_edge(method: str, best: Any, tried: Sequence[Any]) -> list[str]:
+    """In words, every number of the best settings that is the highest or the lowest that was tried."""
+    words = []
+    for each in fields(best):
+        values = {getattr(settings, each.name) for settings in tried}
+        if len(values) > 1:
+            value, word = getattr(best, each.name), {min(values): "lowest", max(values): "highest"}
+            if value in word:
+                words.append(
+                    f"{method}: {each.name} {value:g} is the {word[value]} tried; a wider --grid may find better"
+                )
+    return words
 
 
 def with_settings(settings: Settings, method: str, own: Any) -> Settings:
