@@ -118,13 +118,14 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, object]:
 def _provenance() -> dict[str, object]:
     """Which code; on which machine, the log says."""
     return {
-        "code": _revision(),
+        "code": revision(),
         "torch": torch.__version__,
         "ray": ray.__version__,
     }
 
 
-def _revision() -> str:
+def revision() -> str:
+    """The code that runs: its revision, or that there is none."""
     # An image has no repository: its build says what it holds.
     if built_from := os.environ.get("CODE_REVISION"):
         return built_from

@@ -109,9 +109,8 @@ def _train(job: IPAdapterJob, models: Path, corpus: Corpus, variant: str, planne
     started = time.perf_counter()
     # Another plan's checkpoints, or another base's, are not gone on from.
     checkpoints = job.output / "checkpoints" / sha256(json.dumps(planned).encode()).hexdigest()[:12]
-    objective, losses = train_ip_adapter(
-        variant, base, encoder, pairs, training_of(job.recipe.adapters), folder=checkpoints
-    )
+    training = training_of(job.recipe.adapters)
+    objective, losses = train_ip_adapter(variant, base, encoder, pairs, training, folder=checkpoints)
     record = planned | {
         "parameters": sum(parameter.numel() for parameter in objective.trained.parameters()),
         "steps": len(losses),

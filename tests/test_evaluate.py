@@ -21,7 +21,7 @@ from instantbooth.evaluation.judges import AttributeJudge
 from instantbooth.evaluation.methods.registry import METHODS, Settings
 from instantbooth.presets import miniature_folder
 from instantbooth.storage import open_store
-from instantbooth.tracking import open_run
+from instantbooth.tracking import EXPERIMENT
 from jobs.cli import command_line
 from jobs.evaluation.found import Found, differences, look
 from jobs.evaluation.frontier import Frontier, entrants_of, plot
@@ -113,9 +113,9 @@ def test_a_table_is_made_once_and_resumed_cell_by_cell_and_shown_on_a_page(
     assert all(each.startswith(("data:image/jpeg", "#")) for each in loaded), "the page loads nothing"
     assert not {"<?xml", "<!DOCTYPE svg"} & set(re.findall(r"<\?xml|<!DOCTYPE svg", page))
 
-    run = MlflowClient("sqlite:///mlflow.db").get_run(
-        open_run(f"sqlite:///{tmp_path}/mlflow.db", tmp_path.as_uri()).run_id
-    )
+    client = MlflowClient("sqlite:///mlflow.db")
+    [experiment] = [each for each in client.search_experiments() if each.name == EXPERIMENT]
+    [run] = client.search_runs([experiment.experiment_id])
     assert run.data.metrics["table1.dreambooth.alignment.mean"] == rows["dreambooth"]["alignment"]["mean"]
     assert {name.partition(".")[0] for name in run.data.metrics} == {"table1", "ablations", "references", "frontier"}
     assert run.data.params["digests.base"] == table["made_by"]["digests"]["base"]
@@ -129,6 +129,11 @@ def test_a_table_is_made_once_and_resumed_cell_by_cell_and_shown_on_a_page(
     bare = page_of(options_of_page, judged, table_rows(options, judged), made, nothing, None)
     assert "Reconstruction" not in bare
     assert "frontier.json is left out" in bare
+
+    with pytest.raises(
+        ParameterError, match=r"2 of 6 cells are not made yet, such as DreamBooth's; run jobs\.evaluate table1"
+    ):
+        report(replace(options_of_page, identities=3))
 
     records = sorted((tmp_path / "cells").rglob("cell.json"))
     assert len(records) == 4
@@ -315,6 +320,10 @@ def test_what_tuning_left_is_read_and_what_it_did_not_tune_is_said(tmp_path: Pat
         ('{"dreambooth": {"steps": 1.5}}', "steps must be int, is 1.5"),
         ('{"dreambooth": {"steps": true}}', "steps must be int, is True"),
         ('{"instantbooth": {"adapter_scale": "0.3"}}', "adapter_scale must be float | None, is '0.3'"),
+        ('{"dreambooth": {"lora_rank": -1}}', "dreambooth: lora_rank must be at least 0, is -1"),
+        ('{"textual_inversion": {"steps": 0}}', "textual_inversion: steps must be at least 1, is 0"),
+        ('{"ip_adapter": {"variant": "plsu"}}', "Did you mean 'plus'"),
+        ('{"instantbooth": {"adapter_scale": 5}}', "instantbooth: adapter_scale must be a number from 0 to 2, is 5"),
         ('{"dreambooth": 3}', "cannot be read"),
         ("[]", "cannot be read"),
     ],

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from instantbooth.errors import ImageError, InstantBoothError, ParameterError, WeightsError
@@ -23,7 +24,7 @@ from jobs.evaluation.references import References, references
 from jobs.evaluation.sweep import Entrant, sweep
 from jobs.evaluation.table1 import Table1, made_by, table1
 from jobs.evaluation.tune import Grid, Tune, tune
-from tests.photographed import TEST, VALIDATION, people, photographed, untrained_adapters
+from tests.photographed import TEST, VALIDATION, people, photographed, untrained_adapters, write
 
 
 def read(options: Any, file: str) -> Any:
@@ -69,7 +70,7 @@ def test_the_number_of_references_changes_what_is_given_and_nothing_else(
 
     entrant = Entrant(label="instantbooth", method="instantbooth", parts=options.parts)
     cells = sweep(replace(options, references=1), [entrant])["instantbooth"]
-    judges, cases = options.judges(), replace(options, references=3).cases()
+    judges, cases = options.judges, replace(options, references=3).cases()
     expected = [
         reconstruction(judges.clip, judges.processor, cell.pictures[-2:], [each.image for each in case.references])
         for case, cell in zip(cases, cells, strict=True)
@@ -209,12 +210,45 @@ def test_only_the_chosen_subjects_are_decoded(prepared: dict[str, Any], tmp_path
         replace(options, identities=3).cases()
 
 
+def test_a_damaged_picture_of_the_gallery_is_told_before_any_cell(prepared: dict[str, Any], tmp_path: Path) -> None:
+    data = people(tmp_path, {"ada": 1, "ben": 1, "eve": 1})
+    (data / "eve" / "0.jpg").write_bytes(b"no picture")
+    photographs = replace(prepared["photographs"], data=data, masks=None)
+    options = Table1(**prepared | {"photographs": photographs}, references=1, methods=("dreambooth",))
+    with pytest.raises(ImageError, match=r"eve/0\.jpg"):
+        options.check(options.methods)
+    replace(options, gallery=2).check(options.methods)
+
+
+def test_a_reference_without_its_subject_is_told_before_any_cell(prepared: dict[str, Any], tmp_path: Path) -> None:
+    segmenter = str(miniature_folder() / "segmenter")
+    photographs = replace(prepared["photographs"], data=tmp_path / "photos", masks=None, segmenter=segmenter)
+    write(tmp_path / "photos" / "ada" / "0.png", Image.new("RGB", (64, 64), "white"))
+    options = Table1(**prepared | {"photographs": photographs, "identities": 1}, references=1)
+    with pytest.raises(ImageError, match="ada, reference 1: no person found in it"):
+        options.check(("dreambooth", "instantbooth-masked"))
+    options.check(("dreambooth",))
+
+
+def test_another_clip_may_judge_than_methods_read(prepared: dict[str, Any], tiny: Path) -> None:
+    photographs = replace(prepared["photographs"], judge_clip=str(miniature_folder() / "clip"))
+    options = Table1(**prepared | {"photographs": photographs}, references=1)
+    assert options.preset.image_encoder == str(tiny / "clip")
+    assert (
+        options.judges.clip.config.projection_dim
+        != replace(options, photographs=prepared["photographs"]).judges.clip.config.projection_dim
+    )
+    assert made_by(options, "table1")["places"]["judge_clip"] == str(miniature_folder() / "clip")
+
+
 def test_the_number_of_references_is_said_by_the_counts_alone() -> None:
     with pytest.raises(ParameterError, match="--references does nothing here"):
         references(References(references=2))
 
 
-@pytest.mark.parametrize("name", ["base", "clip", "face", "face_size", "layout", "class_noun", "masks", "segmenter"])
+@pytest.mark.parametrize(
+    "name", ["base", "clip", "judge_clip", "face", "face_size", "layout", "class_noun", "masks", "segmenter"]
+)
 def test_options_for_photographs_do_nothing_without_any_and_are_refused(name: str) -> None:
     value: Any = "dreambench" if name == "layout" else Path("given") if name in ("face", "masks") else "given"
     option = f"--{name.replace('_', '-')}"

@@ -7,14 +7,19 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from instantbooth.evaluation.methods.registry import METHODS, field_of
 from instantbooth.storage import ObjectStore
 from jobs.evaluation import ablations, frontier, references
+from jobs.evaluation.goals import REFERENCE
 
+PEERS_MODELS = ("ip_adapter", "ip_adapter_plus", "ip_adapter_image_encoder")
+OTHERS_SETTINGS = tuple(f"settings of {field_of(name)}" for name in METHODS if not name.startswith(REFERENCE))
 NOT_OF = {
-    ablations.FILE: ("settings", "weights", "segmenter", "ip_adapter", "ip_adapter_image_encoder"),
+    ablations.FILE: ("weights", "segmenter", *PEERS_MODELS, *OTHERS_SETTINGS),
     references.FILE: (
         *("identities", "subjects", "references", "gallery", "dropped"),
-        *("settings", "ip_adapter", "ip_adapter_image_encoder"),
+        *PEERS_MODELS,
+        *OTHERS_SETTINGS,
     ),
     frontier.FILE: (),
 }
@@ -54,7 +59,7 @@ def differences(made: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     for part in COMPARED:
         mine, theirs = made[part], other.get(part, {})
         names = [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
-        found += ["settings"] if names and part == "settings" else names
+        found += [f"settings of {name}" for name in names] if part == "settings" else names
     return found
 
 

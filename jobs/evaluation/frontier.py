@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from instantbooth.errors import ParameterError
 from instantbooth.evaluation.methods.personalizer import InstantBoothConfig
 from instantbooth.evaluation.methods.registry import METHODS
 from instantbooth.storage import open_store
@@ -32,14 +33,19 @@ class Frontier(Protocol):
 
     method: Literal["instantbooth", "instantbooth-masked"] = "instantbooth-masked"
     """Whose α and β are varied; IP-Adapter's references are masked too."""
-    adapter_scales: tuple[float, ...] = (0.3, 0.6, 1.0, 1.3)
+    adapter_scales: tuple[float, ...] = (0.5, 1.0, 1.4, 1.8)
     """β."""
-    concept_scales: tuple[float, ...] = (0.4, 0.7, 1.0)
+    concept_scales: tuple[float, ...] = (0.4, 0.8, 1.2)
     """α."""
     ip_adapter_scales: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2)
     """Strengths of the image tokens, for both variants."""
     points: tuple[str, ...] = ("textual-inversion", "dreambooth", "dreambooth-lora", "instantbooth-masked")
     """Methods shown as they are in table 1, beside `method` itself."""
+
+    def __post_init__(self) -> None:
+        for name in ("adapter_scales", "concept_scales", "ip_adapter_scales"):
+            if not getattr(self, name):
+                raise ParameterError(f"{name} names no strength; name one or more")
 
 
 def frontier(options: cli.Flat[Frontier]) -> None:

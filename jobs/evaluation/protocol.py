@@ -56,7 +56,9 @@ class Photographs:
     base: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     """Stable Diffusion 1.x: a folder or a hub name."""
     clip: str = "openai/clip-vit-large-patch14"
-    """Whole CLIP, folder or hub name: image encoder of the methods, and judge of alignment."""
+    """Whole CLIP, folder or hub name: image encoder of the methods, and judge of alignment if no other is named."""
+    judge_clip: str | None = None
+    """Another whole CLIP that judges, such as openai/clip-vit-base-patch32 as in DreamBench."""
     face: Path | None = None
     """TorchScript or ONNX file that embeds faces, or whatever else tells the subjects apart."""
     face_size: int = 160
@@ -96,7 +98,12 @@ class Photographs:
             )
         face = FaceEmbedder(self.face, size=self.face_size)
         dino = None if self.dino is None else VisionTransformer(locate(self.dino))
-        return Judges.load(locate(self.clip), face, dino=dino)
+        return Judges.load(locate(self.judging_clip), face, dino=dino)
+
+    @property
+    def judging_clip(self) -> str:
+        """The CLIP that judges."""
+        return self.judge_clip or self.clip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,10 +254,12 @@ class Protocol:
         check_methods(methods, self.parts)
         if self.real:
             _say_dropped(self.dataset().dropped)
-        judges, cases = self.judges(), self.cases()
-        check_references(methods, self.parts, cases)
+        judges, cases = self.judges, self.cases()
         if judges.attributes is not None:
             check_wanted(judges.attributes, [prompt.wanted for case in cases for prompt in case.prompts])
+        check_references(methods, self.parts, cases)
+        # Its pictures are read now: one that cannot be is not to be met after hours.
+        _ = self.judged_against
 
     def _check_options(self) -> None:
         for name in ("identities", "gallery", "prompts_per_kind"):
@@ -303,6 +312,7 @@ class Protocol:
     def _drawn(self, count: int, references: int) -> list[Case]:
         return draw_cases(self.split, count, references=references, prompts_per_kind=self.prompts_per_kind)
 
+    @cached_property
     def judges(self) -> Judges:
         """The miniature's own, or those named for photographs. Raises WeightsError."""
         if self.real:
@@ -322,17 +332,18 @@ class Protocol:
             judges = folder / "judges"
             return {"clip": folder / "clip", "identity": judges / "identity", "attributes": judges / "attributes"}
         photographs = self.photographs
-        found = {"clip": locate(photographs.clip)}
+        found = {"clip": locate(photographs.judging_clip)}
         if photographs.face is not None:
             found["face"] = photographs.face
         return found if photographs.dino is None else found | {"dino": locate(photographs.dino)}
 
-    def judged_against(self, judges: Judges) -> Gallery:
+    @cached_property
+    def judged_against(self) -> Gallery:
         """The subjects and as many others as `gallery` says, whatever the methods are given of them."""
         count = max(self.gallery, self.identities)
         if not self.real:
-            return Gallery(judges.identity, self._drawn(count, GALLERY_REFERENCES))
-        return Gallery(judges.identity, [subject.case(self.given) for subject in self.dataset().subjects[:count]])
+            return Gallery(self.judges.identity, self._drawn(count, GALLERY_REFERENCES))
+        return Gallery(self.judges.identity, [subject.case(self.given) for subject in self.dataset().subjects[:count]])
 
     def record(self) -> dict[str, Any]:
         """What was evaluated, for tables to keep: the numbers that were used, and who was left out."""

@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Any
 
+from instantbooth.errors import ParameterError
 from instantbooth.evaluation.cases import Case
 from instantbooth.evaluation.figures import COLUMNS, TIMES, ranked
+from instantbooth.evaluation.methods.registry import METHODS
 from instantbooth.presets import tracking_uri
 from instantbooth.prompts import SUBJECT_FIELD
 from instantbooth.storage import open_store
-from instantbooth.tracking import absolute_tracking_uri, open_run, reporting
+from instantbooth.tracking import TrackedRun, absolute_tracking_uri, open_run, reporting
 from jobs import cli
 from jobs.evaluation import ablations, frontier, references
 from jobs.evaluation.found import Found, look, named_rows
 from jobs.evaluation.goals import REFERENCE, goals_of
+from jobs.evaluation.sweep import DIGEST_LENGTH, missing
 from jobs.evaluation.table1 import REPORTED, Judged, Table1, judge_all, machines_in_words, made_by, table_rows
 from jobs.tracked import flat
 from pipelines.page import render, thumbnail_uri
@@ -40,24 +44,27 @@ class Report(Table1):
 def report(options: cli.Flat[Report]) -> None:
     """Writes report.html from the cells of table1, and what frontier, references and ablations left beside them.
 
-    What those made with other subjects, models or sampling is left out, and the page says so.
+    What those made with other subjects, models or sampling is left out, and the page says so. ParameterError where
+    table1 is not finished.
     """
     options.check(options.methods)
-    judged = judge_all(options, options.entrants)
+    entrants = options.entrants
+    if lacking := missing(options, entrants):
+        raise ParameterError(
+            f"{len(lacking)} of {len(entrants) * options.identities} cells are not made yet, such as "
+            f"{METHODS[lacking[0][0].method].title}'s; run jobs.evaluate table1 with the same options first"
+        )
+    made = made_by(options, "report") | {"methods": {each.label: each.digest for each in entrants}}
+    run = _run_of(options, made)
+    judged = judge_all(options, entrants)
     rows = table_rows(options, judged)
     store = open_store(options.output)
-    made = made_by(options, "report") | {"methods": {name: row["digest"] for name, row in rows.items()}}
     found = look(store, made)
     plot = drawing(store.get(frontier.PLOT).decode()) if frontier.FILE in found.files else None
     page = page_of(options, judged, rows, made, found, plot)
     store.put(PAGE, page.encode())
     print(store.uri(PAGE), *found.left_out, sep="\n")
-    _track(
-        options,
-        made,
-        {"table1": rows} | {file: dict(named_rows(file, each)) for file, each in found.files.items()},
-        page,
-    )
+    _track(run, {"table1": rows} | {file: dict(named_rows(file, each)) for file, each in found.files.items()}, page)
 
 
 def page_of(
@@ -188,10 +195,19 @@ def _case(word: str, case: Case, score: float, pictures: Sequence[Sequence[Any]]
     return {"rank": word, "name": case.name, "score": score, "references": references, "lines": lines}
 
 
-def _track(
-    options: Report, made: Mapping[str, Any], tables: Mapping[str, Mapping[str, Mapping[str, Any]]], page: str
-) -> None:
-    """One run for the output: its record as parameters, every mean and bound as a metric, the page as an artifact."""
+def _run_of(options: Report, made: Mapping[str, Any]) -> TrackedRun:
+    """One run for each record, which is logged as its parameters. Opened first: a page that cannot be is told early."""
+    uri, digest = absolute_tracking_uri(options.tracking_uri), sha256(json.dumps(made).encode()).hexdigest()
+    folder = open_store(options.output).uri(PAGE).rpartition("/")[0]
+    dropped = len(made["protocol"].get("dropped", ()))
+    with reporting(uri):
+        run = open_run(uri, f"{folder}@{digest[:DIGEST_LENGTH]}")
+        run.log_parameters(flat({**made, "protocol": made["protocol"] | {"dropped": dropped}}))
+    return run
+
+
+def _track(run: TrackedRun, tables: Mapping[str, Mapping[str, Mapping[str, Any]]], page: str) -> None:
+    """Every mean and bound as a metric, the page as an artifact."""
     figures = {
         f"{table.removesuffix('.json')}.{name}.{column}.{bound}": value
         for table, rows in tables.items()
@@ -199,11 +215,7 @@ def _track(
         for column in (*COLUMNS, *TIMES)
         for bound, value in row.get(column, {}).items()
     }
-    dropped = len(made["protocol"].get("dropped", ()))
-    uri = absolute_tracking_uri(options.tracking_uri)
-    with reporting(uri):
-        run = open_run(uri, open_store(options.output).uri(PAGE).rpartition("/")[0])
-        run.log_parameters(flat({**made, "protocol": made["protocol"] | {"dropped": dropped}}))
+    with reporting(run.tracking_uri):
         run.log_steps({0: figures})
         run.keep({PAGE: page.encode()})
         run.end("FINISHED")

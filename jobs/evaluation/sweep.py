@@ -99,7 +99,8 @@ def _evaluate(protocol: Protocol, name: str, parts: Parts, digest: str, number: 
         # Tasks run side by side: more threads than cores starve each other.
         torch.set_num_threads(1)
     case = _cases(protocol)[number]
-    cell = evaluate(_method(name, parts), case, machine=machine(parts.device))
+    share = f"{protocol.cpus:g} logical CPUs" if parts.device == "cpu" else f"{protocol.gpus:g} GPUs"
+    cell = evaluate(_method(name, parts), case, machine=f"{machine(parts.device)}, {share} a subject")
     _cells(protocol, name, digest).write(case, cell)
     return f"{METHODS[name].title}, {case.name}"
 

@@ -14,14 +14,15 @@ from rich.table import Table
 
 from instantbooth.evaluation.cells import Cell
 from instantbooth.evaluation.figures import COLUMNS, TIMES, Value, difference, judge, table_row
-from instantbooth.evaluation.methods.registry import METHODS
+from instantbooth.evaluation.methods.registry import METHODS, field_of
 from instantbooth.model.base import locate
 from instantbooth.storage import open_store
 from jobs import cli
 from jobs.benchmarks.goals import conclude
-from jobs.evaluation.goals import REFERENCE, goals_of
+from jobs.evaluation.goals import PEERS, REFERENCE, goals_of
 from jobs.evaluation.protocol import Protocol
 from jobs.evaluation.sweep import DIGEST_LENGTH, Entrant, folder_digest, sweep
+from jobs.tracked import revision
 
 FILE = "table1.json"
 WIDTH = 200
@@ -111,8 +112,7 @@ def judge_all(protocol: Protocol, entrants: Sequence[Entrant]) -> list[Judged]:
 
 def judge_made(protocol: Protocol, entrants: Sequence[Entrant], made: Mapping[str, list[Cell]]) -> list[Judged]:
     """Judges what `sweep` made of the protocol's subjects, whatever references it was given of them."""
-    judges, cases = protocol.judges(), protocol.cases()
-    gallery = protocol.judged_against(judges)
+    judges, gallery, cases = protocol.judges, protocol.judged_against, protocol.cases()
     return [
         Judged(entrant=each, cells=made[each.label], values=judge(judges, gallery, cases, made[each.label]))
         for each in entrants
@@ -153,15 +153,17 @@ def table_rows(options: Table1, judged: Sequence[Judged]) -> dict[str, dict[str,
 
 
 def made_by(protocol: Protocol, command: str) -> dict[str, Any]:
-    """A table's record: its command, what was evaluated with which models, who judged, and how it was sampled."""
+    """A table's record: command and code, what was evaluated with which models, who judged, how it was sampled."""
     cases, parts, data = protocol.cases(), protocol.parts, protocol.photographs.data
     named = {each: getattr(parts.models, each) for each in ("base", "image_encoder", "weights", "segmenter")}
     places = {name: locate(place) for name, place in named.items() if place is not None}
-    places |= {"ip_adapter": parts.ip_adapter, "ip_adapter_image_encoder": locate(parts.ip_adapter_image_encoder)}
+    places |= {field_of(name): parts.ip_adapter / parts.settings.of(name).variant for name in PEERS}
+    places["ip_adapter_image_encoder"] = locate(parts.ip_adapter_image_encoder)
     places |= {f"judge_{name}": place for name, place in protocol.judging.items()}
     subjects = sha256("".join(case.digest for case in cases).encode()).hexdigest()
     return {
         "command": cli.command_line(f"jobs.evaluate {command}", protocol),
+        "code": revision(),
         "protocol": protocol.record() | {"data": data and str(data.absolute()), "subjects": subjects[:DIGEST_LENGTH]},
         "sampling": asdict(parts.sampling),
         "settings": asdict(parts.settings),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from instantbooth.errors import ParameterError, did_you_mean
@@ -31,6 +32,15 @@ RANGES = {
     "seed": Range(low=0, high=2**63 - 1, whole=True),
     "attempt": Range(low=0, high=1000, whole=True),
 }
+
+
+def check_bounds(config: object, bounds: Mapping[str, tuple[float, float]]) -> None:
+    """ParameterError for a field of a configuration that is not within its bounds; both ends are allowed."""
+    for name, (low, high) in bounds.items():
+        value = getattr(config, name)
+        if not low <= value <= high:
+            rule = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+            raise ParameterError(f"{name} must be {rule}, is {value:g}; correct it")
 
 
 def check_range(name: str, value: object) -> None:

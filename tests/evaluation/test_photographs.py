@@ -164,6 +164,13 @@ def test_pictures_are_compared_with_all_that_are_known_of_a_subject(tiny: Path, 
     assert figures(cat) != figures(replace(cat, known=()))
 
 
+class Flat(nn.Module):
+    """The pixels of a single picture."""
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return pixels.reshape(1, 192)
+
+
 def onnx_embedding(path: Path) -> Path:
     """What Embedding says of a single picture of 8 × 8 pixels, as an ONNX file."""
     pixels = helper.make_tensor_value_info("pixels", TensorProto.FLOAT, [1, 3, 8, 8])
@@ -196,8 +203,13 @@ def test_a_face_embedder_is_any_torchscript_or_onnx_file_of_the_right_shape(tmp_
     with pytest.raises(WeightsError, match="no ONNX face embedder"):
         FaceEmbedder(tmp_path / "damaged.onnx")
     torch.jit.script(nn.Identity()).save(str(tmp_path / "pixels.pt"))
-    with pytest.raises(WeightsError, match=r"must give embeddings \[N, D\], gives \(1, 3, 160, 160\)"):
+    with pytest.raises(WeightsError, match=r"must give embeddings \[N, D\], gives \(2, 3, 160, 160\)"):
         FaceEmbedder(tmp_path / "pixels.pt")
+    torch.jit.trace(Flat(), torch.zeros(1, 3, 8, 8)).save(str(tmp_path / "single.pt"))
+    with pytest.raises(
+        WeightsError, match=r"embeds no two pictures of 8 pixels \(.*\); .* export it for batches of any size"
+    ):
+        FaceEmbedder(tmp_path / "single.pt", size=8)
     with pytest.raises(WeightsError, match="no TorchScript face embedder"):
         FaceEmbedder(tmp_path / "absent.pt")
 

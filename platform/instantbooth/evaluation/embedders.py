@@ -27,20 +27,23 @@ class FaceEmbedder:
     """
 
     def __init__(self, path: Path, *, size: int = 160) -> None:
-        """Loads the file and tries it on a black picture. WeightsError where it is none, or embeds otherwise."""
+        """Loads the file and tries it on two black pictures. WeightsError where it is none, or embeds otherwise."""
         self.size = size
         self.model = (_onnx_model if path.suffix.lower() == ".onnx" else _torchscript_model)(path)
         try:
             with torch.no_grad():
-                tried = self.model(torch.zeros(1, 3, size, size))
+                tried = self.model(torch.zeros(2, 3, size, size))
         # ONNX Runtime raises plain Exceptions.
         except Exception as error:
+            # TorchScript tells a traceback of its own before what is wrong.
+            reason = str(error).strip().rpartition("\n")[2]
             raise WeightsError(
-                f"{path} embeds no pictures of {size} pixels ({error}); say by --face-size which it reads"
+                f"{path} embeds no two pictures of {size} pixels ({reason}); say by --face-size which it reads, and "
+                "export it for batches of any size"
             ) from error
-        if not isinstance(tried, Tensor) or tried.ndim != 2 or len(tried) != 1:
+        if not isinstance(tried, Tensor) or tried.ndim != 2 or len(tried) != 2:
             shape = tuple(tried.shape) if isinstance(tried, Tensor) else type(tried).__name__
-            raise WeightsError(f"{path} must give embeddings [N, D], gives {shape} for one picture; name another file")
+            raise WeightsError(f"{path} must give embeddings [N, D], gives {shape} for two pictures; name another file")
 
     @torch.no_grad()
     def embed(self, images: Sequence[Image.Image]) -> Tensor:

@@ -54,9 +54,10 @@ class Embedder(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Judges:
-    """Who judges; none of them has met the methods or the subjects."""
+    """Who judges; none of them has met the subjects."""
 
     clip: CLIPModel
+    """May be the one whose image encoder methods read."""
     processor: BaseImageProcessor
     tokenizer: CLIPTokenizer
     identity: Embedder

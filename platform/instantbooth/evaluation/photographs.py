@@ -15,7 +15,7 @@ from PIL import Image
 from instantbooth.errors import ImageError, ParameterError
 from instantbooth.evaluation.cases import Case, Prompt, reconstruction_prompts
 from instantbooth.evaluation.methods.interface import Reference
-from instantbooth.images import check_mask, decode_image
+from instantbooth.images import check_mask, decode_reference
 from instantbooth.prompts import CLASS_NOUNS, SUBJECT_FIELD
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff")
@@ -61,7 +61,7 @@ class Listed:
 
         Raises ImageError for one that cannot be read or lacks its mask.
         """
-        images = [decode_image(file.read_bytes(), name=str(file)) for file in self.files]
+        images = [decode_reference(file.read_bytes(), name=str(file)) for file in self.files]
         given = [Reference(image=image) for image in images[:references]]
         if self.masks:
             chosen = zip(images[:references], self.files, self.masks, strict=False)
@@ -183,7 +183,7 @@ def _natural(path: Path) -> tuple[list[tuple[int, str]], str]:
 def _mask(image: Image.Image, file: Path, path: Path) -> Image.Image:
     path = path.with_suffix(".png")
     try:
-        mask = decode_image(path.read_bytes(), name=str(path))
+        mask = decode_reference(path.read_bytes(), name=str(path))
     except OSError as error:
         raise ImageError(f"{file} has no mask at {path} ({error}); add it, or pass no masks") from error
     return check_mask(mask, image, str(path))

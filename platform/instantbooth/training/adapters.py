@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Generator, Tensor, nn
 from transformers import CLIPTokenizer
 
-from instantbooth.errors import BaseModelError, ParameterError
+from instantbooth.errors import BaseModelError
 from instantbooth.images import Augmentation, augment, crop_subject, mask_background
 from instantbooth.model.adapter import References, adapter_kwargs
 from instantbooth.model.base import BaseModel, load_tokenizer, locate
@@ -22,6 +22,7 @@ from instantbooth.model.conditioning import inject
 from instantbooth.model.encoders import resize_to_bytes
 from instantbooth.model.objective import add_noise, denoising_loss, draw_timesteps, subject_weights
 from instantbooth.model.personalizer import Personalizer
+from instantbooth.parameters import check_bounds
 from instantbooth.prompts import SUBJECT_FIELD, expand, tokenize_subject
 from instantbooth.training.attention import write_out_attention
 
@@ -80,11 +81,7 @@ class AdapterTrainingConfig:
     """All random numbers follow from it."""
 
     def __post_init__(self) -> None:
-        for name, (low, high) in BOUNDS.items():
-            value = getattr(self, name)
-            if not low <= value <= high:
-                rule = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
-                raise ParameterError(f"{name} must be {rule}, is {value:g}; correct it")
+        check_bounds(self, BOUNDS)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from transformers import CLIPTextModel
 
 from instantbooth.errors import ParameterError
 from instantbooth.evaluation.methods.finetuning import (
+    BOUNDS,
     descend,
     draw_rows,
     image_latents,
@@ -24,12 +26,15 @@ from instantbooth.evaluation.methods.finetuning import (
 from instantbooth.evaluation.methods.interface import Method, Reference, Sampling
 from instantbooth.evaluation.methods.sampling import encode_prompts, sample
 from instantbooth.model.base import BaseModel
+from instantbooth.parameters import check_bounds
 from instantbooth.prompts import expand
 from instantbooth.training.attention import write_out_attention
 
 PROMPT = "a photo of a {subject}"
 UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
+OWN_BOUNDS = {"prior_weight": (0.0, math.inf), "prior_pictures": (0, math.inf), "lora_rank": (0, math.inf)}
+"""Lowest and highest value of the fields that DreamBooth alone has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +59,7 @@ class DreamBoothConfig:
     """All random numbers of a fit follow from it."""
 
     def __post_init__(self) -> None:
+        check_bounds(self, BOUNDS | OWN_BOUNDS)
         if self.prior_weight and self.prior_pictures < 1:
             raise ParameterError(
                 f"prior_pictures must be at least 1 with prior_weight {self.prior_weight}, is {self.prior_pictures}; "

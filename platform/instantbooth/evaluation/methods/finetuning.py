@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -17,6 +18,14 @@ from instantbooth.model.loading import autocast
 from instantbooth.model.objective import add_noise, denoising_loss, draw_timesteps
 
 CLIP_NORM = 1.0
+BOUNDS = {
+    "steps": (1, math.inf),
+    "learning_rate": (0.0, math.inf),
+    "batch_size": (1, math.inf),
+    "weight_decay": (0.0, 1.0),
+    "seed": (0, 2**63 - 1),
+}
+"""Lowest and highest value of the fields that all configurations have."""
 
 
 def reference_latents(base: BaseModel, references: Sequence[Reference]) -> Tensor:

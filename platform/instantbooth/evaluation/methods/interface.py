@@ -1,4 +1,7 @@
-"""What every method of personalization offers to the evaluation. A new method is one file, and one line in registry."""
+"""What every method of personalization offers to the evaluation.
+
+A new method is one file, and its entry and settings in registry.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +12,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from instantbooth.errors import ImageError
+from instantbooth.errors import ImageError, ParameterError, did_you_mean
 from instantbooth.evaluation.ip_adapter import weights
 from instantbooth.evaluation.methods.interface import Method, Reference, Sampling
 from instantbooth.evaluation.methods.sampling import encode_prompts, sample
 from instantbooth.images import check_image, check_mask, subject_square
 from instantbooth.model.base import BaseModel
 from instantbooth.model.encoders import ImageEncoder
+from instantbooth.parameters import check_bounds
 from instantbooth.prompts import SUBJECT_FIELD, expand, tokenize_subject
 
 
@@ -29,6 +31,11 @@ class IPAdapterConfig:
     """One of instantbooth.evaluation.ip_adapter.weights.VARIANTS."""
     scale: float = 1.0
     """Strength of the image tokens (0.6 where a prompt shall be followed too)."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self, {"scale": (0.0, math.inf)})
+        if self.variant not in weights.VARIANTS:
+            raise ParameterError(f"variant {self.variant!r} is unknown. {did_you_mean(self.variant, weights.VARIANTS)}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from PIL import Image
 
 from instantbooth import Concept, Personalizer
 from instantbooth.errors import ParameterError
 from instantbooth.evaluation.methods.interface import Method, Reference, Sampling
+from instantbooth.parameters import check_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +21,11 @@ class InstantBoothConfig:
     """β, strength of the patch features."""
     concept_scale: float | None = None
     """α, factor on the concept embedding."""
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            if (value := getattr(self, each.name)) is not None:
+                check_range(each.name, value)
 
 
 class InstantBooth(Method[Concept]):

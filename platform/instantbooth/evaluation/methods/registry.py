@@ -22,6 +22,7 @@ from instantbooth.evaluation.methods.personalizer import InstantBooth, InstantBo
 from instantbooth.evaluation.methods.textual_inversion import TextualInversion, TextualInversionConfig
 from instantbooth.model.base import BaseModel, device_of, locate, unet_outline
 from instantbooth.model.personalizer import check_fit
+from instantbooth.model.segmentation import Segmenter
 from instantbooth.presets import ModelPreset
 
 
@@ -64,7 +65,10 @@ class Settings:
             for each in fields(cls):
                 known, given = getattr(defaults or cls(), each.name), values.pop(each.name, {})
                 _check_types(f"{name}, {each.name}", type(known), given)
-                chosen[each.name] = replace(known, **given)
+                try:
+                    chosen[each.name] = replace(known, **given)
+                except ParameterError as error:
+                    raise ParameterError(f"{name}, {each.name}: {error}") from error
         except ParameterError:
             raise
         except (ValueError, TypeError, AttributeError) as error:
@@ -196,15 +200,23 @@ def check_methods(names: tuple[str, ...], parts: Parts) -> None:
 
 
 def check_references(names: tuple[str, ...], parts: Parts, cases: Sequence[Case]) -> None:
-    """ParameterError where a method needs masks that are not there."""
-    if MASKED not in names or parts.models.segmenter is not None:
+    """ParameterError where a method needs masks that are not there, ImageError where none is found.
+
+    Masks are looked for where none are given: one that fails would end a table after hours.
+    """
+    unmasked = [case for case in cases if any(reference.mask is None for reference in case.references)]
+    if MASKED not in names or not unmasked:
         return
-    for case in cases:
-        if any(reference.mask is None for reference in case.references):
-            raise ParameterError(
-                f"{MASKED} needs masks, and the pictures of {case.name} have none; pass --masks or --segmenter, or "
-                "leave it out by --methods"
-            )
+    if parts.models.segmenter is None:
+        raise ParameterError(
+            f"{MASKED} needs masks, and the pictures of {unmasked[0].name} have none; pass --masks or --segmenter, or "
+            "leave it out by --methods"
+        )
+    segmenter = Segmenter(locate(parts.models.segmenter), device=device_of(parts.device))
+    for case in unmasked:
+        for number, reference in enumerate(case.references, start=1):
+            if reference.mask is None:
+                segmenter.mask(reference.image.convert("RGB"), case.class_noun, f"{case.name}, reference {number}")
 
 
 def _check_types(name: str, config: type, given: Mapping[str, object]) -> None:

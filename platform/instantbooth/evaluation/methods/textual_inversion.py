@@ -12,6 +12,7 @@ from torch import Generator, Tensor, nn
 from transformers import CLIPTextModel
 
 from instantbooth.evaluation.methods.finetuning import (
+    BOUNDS,
     descend,
     draw_rows,
     noise_prediction_loss,
@@ -21,6 +22,7 @@ from instantbooth.evaluation.methods.interface import Method, Reference, Samplin
 from instantbooth.evaluation.methods.sampling import sample
 from instantbooth.model.base import BaseModel
 from instantbooth.model.conditioning import inject
+from instantbooth.parameters import check_bounds
 from instantbooth.prompts import PLACEHOLDER_TOKEN, SUBJECT_FIELD, expand, tokenize_subject
 from instantbooth.training.attention import write_out_attention
 
@@ -47,6 +49,9 @@ class TextualInversionConfig:
     """AdamW's (0.01)."""
     seed: int = 0
     """All random numbers of a fit follow from it."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self, BOUNDS)
 
 
 class TextualInversion(Method[Tensor]):
