@@ -28,9 +28,9 @@ SHOWN = ("prompt_accuracy", "alignment", "face_similarity", "identification", "s
 class Grid:
     """Values that are tried, each with each."""
 
-    textual_inversion_learning_rate: tuple[float, ...] = (5e-3, 2e-2, 5e-2)
+    textual_inversion_learning_rate: tuple[float, ...] = (1e-3, 5e-3, 2e-2)
     textual_inversion_steps: tuple[int, ...] = (500, 1500)
-    dreambooth_learning_rate: tuple[float, ...] = (3e-5, 1e-4, 3e-4)
+    dreambooth_learning_rate: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
     dreambooth_steps: tuple[int, ...] = (200, 600)
     dreambooth_lora_learning_rate: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     dreambooth_lora_steps: tuple[int, ...] = (200, 600)
@@ -67,7 +67,8 @@ def tune(options: cli.Flat[Tune]) -> None:
     """Writes settings.json, which the other commands read there, and tuning.json, which holds every trial's figures.
 
     The best trial has the highest geometric mean of prompt accuracy (alignment, of photographs) and face similarity:
-    one that buys either of them with the other does not win. Trials that earlier runs left in the output compete too.
+    one that buys either of them with the other does not win. Where none is above 0, similarity decides. Trials that
+    earlier runs left in the output compete too.
     """
     if options.split == "test":
         raise ParameterError("hyperparameters are not chosen on the split they are judged on; leave --split out")
@@ -80,7 +81,7 @@ def tune(options: cli.Flat[Tune]) -> None:
     rows = rows_of(options, [each for entrants in trials.values() for each in entrants])
     chosen = options.parts.settings
     for name, entrants in trials.items():
-        best = max(entrants, key=lambda each: score(rows[each.label])).parts.settings.of(name)
+        best = max(entrants, key=lambda each: _rank(rows[each.label])).parts.settings.of(name)
         chosen = with_settings(chosen, name, best)
         for line in at_the_edge(name, best, [each.parts.settings.of(name) for each in entrants]):
             print(line)
@@ -145,6 +146,10 @@ def score(row: dict[str, Any]) -> float:
     """What is maximised; alignment stands for prompt accuracy where no judge knows attributes."""
     obedience = row["prompt_accuracy" if "prompt_accuracy" in row else "alignment"]["mean"]
     return math.sqrt(max(obedience, 0.0) * max(row["face_similarity"]["mean"], 0.0))
+
+
+def _rank(row: dict[str, Any]) -> tuple[float, float]:
+    return score(row), row["face_similarity"]["mean"]
 
 
 def _show(rows: dict[str, dict[str, Any]]) -> None:
