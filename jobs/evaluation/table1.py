@@ -19,7 +19,7 @@ from instantbooth.model.base import locate
 from instantbooth.storage import open_store
 from jobs import cli
 from jobs.benchmarks.goals import conclude
-from jobs.evaluation.goals import PEERS, REFERENCE, goals_of
+from jobs.evaluation.goals import OWN, PEERS, REFERENCE, goals_of
 from jobs.evaluation.protocol import Protocol
 from jobs.evaluation.sweep import DIGEST_LENGTH, Entrant, folder_digest, sweep
 from jobs.tracked import revision
@@ -132,23 +132,26 @@ def row_of(judged: Judged) -> dict[str, Any]:
 
 
 def table_rows(options: Table1, judged: Sequence[Judged]) -> dict[str, dict[str, Any]]:
-    """The rows of all, compared with InstantBooth where it is among them.
+    """The rows of all, compared with InstantBooth's where they are among them.
 
-    `settings_from` says whether the settings were tuned, `instantbooth_more` what its figures have more than the row's.
-    `seconds_ratio` is a multiple of its time, where both were taken on one and the same machine.
+    `settings_from` says whether the settings were tuned. `leads` holds, for each of InstantBooth's rows, what its
+    figures have more than the row's, and `times_as_fast`; `seconds_ratio` is the row's multiple of InstantBooth's time.
+    Times are compared where both were taken on one and the same machine.
     """
     rows = {
-        each.entrant.label: row_of(each) | {"settings_from": options.settings_from(each.entrant.method)}
+        each.entrant.label: row_of(each) | {"settings_from": options.settings_from(each.entrant.method), "leads": {}}
         for each in judged
     }
-    reference = next((each for each in judged if each.entrant.label == REFERENCE), None)
-    if reference is not None:
+    for own in (each for each in judged if each.entrant.label in OWN):
+        mine, label = rows[own.entrant.label], own.entrant.label
         for each in judged:
-            row = rows[each.entrant.label]
-            if len({*row["machines"], *rows[REFERENCE]["machines"]}) == 1:
-                for column in TIMES:
-                    row[f"{column}_ratio"] = row[column]["mean"] / rows[REFERENCE][column]["mean"]
-            row["instantbooth_more"] = difference(reference.values, each.values)
+            row, lead = rows[each.entrant.label], difference(own.values, each.values)
+            if len({*row["machines"], *mine["machines"]}) == 1:
+                ratios = {column: row[column]["mean"] / mine[column]["mean"] for column in TIMES}
+                lead["times_as_fast"] = ratios["seconds"]
+                if label == REFERENCE:
+                    row |= {f"{column}_ratio": ratio for column, ratio in ratios.items()}
+            row["leads"][label] = lead
     return rows
 
 
