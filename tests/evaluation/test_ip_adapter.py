@@ -169,7 +169,8 @@ def test_an_adapter_of_another_base_is_refused_and_one_without_a_record_is_not(t
 def test_it_is_trained_as_instantbooth_is_and_what_is_there_is_of_the_same(tmp_path: Path) -> None:
     job = IPAdapterJob(output=tmp_path, recipe=RECIPES["gpu"])
     planned = plan(job, miniature_folder(), "plus")
-    assert planned["training"] == asdict(RECIPES["gpu"].adapters)
+    shares = {"text_dropout": 0.05, "image_dropout": 0.05, "both_dropout": 0.05}
+    assert planned["training"] == asdict(RECIPES["gpu"].adapters) | shares
     (tmp_path / "plus").mkdir()
     (tmp_path / "plus" / RECORD).write_text(json.dumps(planned | {"loss": 0.1}))
     check_record(tmp_path / "plus" / RECORD, planned)

@@ -256,7 +256,7 @@ def test_the_protocol_reads_photographs_and_names_what_is_missing(tiny: Path, tm
     protocol.check(("textual-inversion", "dreambooth"))
     assert [case.name for case in protocol.cases()] == ["ada", "eve"]
     assert protocol.parts.settings.dreambooth.learning_rate == 5e-6
-    judges = protocol.judges()
+    judges = protocol.judges
     assert judges.attributes is None
     assert judges.dino is not None
     assert torch.allclose(judges.dino.embed([portrait(0)[0]]).norm(dim=1), torch.ones(1))
