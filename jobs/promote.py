@@ -144,7 +144,7 @@ def _on_miniature(config: PromoteConfig, candidate: Version) -> Examiner:
 def _on_photographs(config: PromoteConfig) -> Examiner:
     """By the protocol of `jobs.evaluate`, on the validation split."""
     protocol = Protocol(photographs=config.photographs, split="validation", identities=config.identities)
-    judges, gallery, cases = protocol.judges, protocol.judged_against, protocol.cases()
+    judges, gallery, cases = protocol.judges, protocol.judged_against, protocol.cases
 
     def examine(booth: Personalizer) -> dict[str, float]:
         sampling = Sampling(**{each.name: getattr(booth.defaults, each.name) for each in fields(Sampling)})

@@ -24,6 +24,7 @@ from instantbooth.miniature.recipe import RECIPES, check_destination, ship
 from instantbooth.model.base import BaseModel, device_of
 from instantbooth.model.encoders import ImageEncoder
 from instantbooth.presets import miniature_folder
+from instantbooth.training.adapters import AdapterTrainingConfig
 from instantbooth.training.loop import last_loss
 from jobs import cli
 from jobs.recipes import RecipeOption
@@ -51,6 +52,11 @@ class IPAdapterJob:
                 raise ParameterError(f"variant {variant!r} is unknown. {did_you_mean(variant, weights.VARIANTS)}")
             if self.ship is not None:
                 check_destination(self.ship / variant)
+
+    @property
+    def training(self) -> AdapterTrainingConfig:
+        """The recipe's, as IP-Adapter needs it."""
+        return training_of(self.recipe.adapters)
 
 
 def run(job: IPAdapterJob) -> None:
@@ -81,7 +87,7 @@ def plan(job: IPAdapterJob, models: Path, variant: str) -> dict[str, Any]:
         "variant": variant,
         MODELS: trained_for(models / "base", models / "clip"),
         "pictures": job.recipe.adapter_pictures,
-        "training": asdict(training_of(job.recipe.adapters)),
+        "training": asdict(job.training),
     }
     found: dict[str, Any] = json.loads(json.dumps(planned))
     return found
@@ -109,8 +115,7 @@ def _train(job: IPAdapterJob, models: Path, corpus: Corpus, variant: str, planne
     started = time.perf_counter()
     # Another plan's checkpoints, or another base's, are not gone on from.
     checkpoints = job.output / "checkpoints" / sha256(json.dumps(planned).encode()).hexdigest()[:12]
-    training = training_of(job.recipe.adapters)
-    objective, losses = train_ip_adapter(variant, base, encoder, pairs, training, folder=checkpoints)
+    objective, losses = train_ip_adapter(variant, base, encoder, pairs, job.training, folder=checkpoints)
     record = planned | {
         "parameters": sum(parameter.numel() for parameter in objective.trained.parameters()),
         "steps": len(losses),

@@ -71,7 +71,7 @@ def test_the_number_of_references_changes_what_is_given_and_nothing_else(
 
     entrant = Entrant(label="instantbooth", method="instantbooth", parts=options.parts)
     cells = sweep(replace(options, references=1), [entrant])["instantbooth"]
-    judges, cases = options.judges, replace(options, references=3).cases()
+    judges, cases = options.judges, replace(options, references=3).cases
     expected = [
         reconstruction(judges.clip, judges.processor, cell.pictures[-2:], [each.image for each in case.references])
         for case, cell in zip(cases, cells, strict=True)
@@ -196,7 +196,7 @@ def test_methods_of_any_class_need_no_noun_that_weights_know(
     photographs = replace(prepared["photographs"], data=data, masks=tmp_path / "masks", class_noun="teapot")
     options = Table1(**prepared | {"photographs": photographs}, references=2, methods=("dreambooth",))
     options.check(options.methods)
-    assert [case.class_noun for case in options.cases()] == ["teapot"] * 2
+    assert [case.class_noun for case in options.cases] == ["teapot"] * 2
     assert "left out: joe, 1 pictures, 2 are needed" in capsys.readouterr().err
     assert made_by(options, "table1")["protocol"]["dropped"] == {"joe": "1 pictures, 2 are needed"}
 
@@ -206,9 +206,9 @@ def test_only_the_chosen_subjects_are_decoded(prepared: dict[str, Any], tmp_path
     (data / "eve" / "0.jpg").write_bytes(b"no picture")
     photographs = replace(prepared["photographs"], data=data, masks=None)
     options = Table1(**prepared | {"photographs": photographs}, references=1)
-    assert [case.name for case in options.cases()] == ["ada", "ben"]
+    assert [case.name for case in options.cases] == ["ada", "ben"]
     with pytest.raises(ImageError, match=r"0\.jpg"):
-        replace(options, identities=3).cases()
+        _ = replace(options, identities=3).cases
 
 
 def test_a_damaged_picture_of_the_gallery_is_told_before_any_cell(prepared: dict[str, Any], tmp_path: Path) -> None:

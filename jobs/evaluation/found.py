@@ -10,9 +10,9 @@ from typing import Any
 from instantbooth.evaluation.methods.registry import METHODS, field_of
 from instantbooth.storage import ObjectStore
 from jobs.evaluation import ablations, frontier, references
-from jobs.evaluation.goals import REFERENCE
+from jobs.evaluation.goals import PEERS, REFERENCE
 
-PEERS_MODELS = ("ip_adapter", "ip_adapter_plus", "ip_adapter_image_encoder")
+PEERS_MODELS = (*map(field_of, PEERS), "ip_adapter_image_encoder")
 OTHERS_SETTINGS = tuple(f"settings of {field_of(name)}" for name in METHODS if not name.startswith(REFERENCE))
 NOT_OF = {
     ablations.FILE: ("weights", "segmenter", *PEERS_MODELS, *OTHERS_SETTINGS),

@@ -19,7 +19,7 @@ from jobs.evaluation.goals import PEERS, goals_at_equal_alignment
 from jobs.evaluation.protocol import Protocol
 from jobs.evaluation.sweep import Entrant
 from jobs.evaluation.table1 import made_by, rows_of
-from jobs.evaluation.tune import with_settings
+from jobs.evaluation.tune import entrant_with
 
 FILE = "frontier.json"
 PLOT = "frontier.svg"
@@ -56,9 +56,7 @@ def frontier(options: cli.Flat[Frontier]) -> None:
     series = entrants_of(options)
     options.check(tuple(dict.fromkeys(each.method for entrants in series.values() for each in entrants)))
     rows = rows_of(options, list({each.label: each for entrants in series.values() for each in entrants}.values()))
-    found = {
-        name: [{"method": each.method, **rows[each.label]} for each in entrants] for name, entrants in series.items()
-    }
+    found = {name: [rows[each.label] for each in entrants] for name, entrants in series.items()}
     own = next(row for row in found["points"] if row["method"] == options.method)
     goals = goals_at_equal_alignment(own, {name: found[name] for name in CURVES})
     store = open_store(options.output)
@@ -118,6 +116,5 @@ def _xy(rows: Sequence[dict[str, Any]]) -> tuple[list[float], list[float]]:
 
 
 def _entrant(method: str, options: Frontier, own: Any) -> Entrant:
-    settings = with_settings(options.parts.settings, method, own)
     label = " ".join([method, *(f"{name}={value}" for name, value in vars(own).items())])
-    return Entrant(label=label, method=method, parts=replace(options.parts, settings=settings))
+    return entrant_with(label, method, own, options.parts)

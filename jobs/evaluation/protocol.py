@@ -254,7 +254,7 @@ class Protocol:
         check_methods(methods, self.parts)
         if self.real:
             _say_dropped(self.dataset().dropped)
-        judges, cases = self.judges, self.cases()
+        judges, cases = self.judges, self.cases
         if judges.attributes is not None:
             check_wanted(judges.attributes, [prompt.wanted for case in cases for prompt in case.prompts])
         check_references(methods, self.parts, cases)
@@ -297,6 +297,7 @@ class Protocol:
         any_class = all(METHODS[name].any_class for name in self.contestants)
         return self.photographs.subjects(self.split, self.needed, any_class=any_class)
 
+    @cached_property
     def cases(self) -> list[Case]:
         """The subjects, in their order. ParameterError where a data set has fewer than are wanted."""
         if not self.real:

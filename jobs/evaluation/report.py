@@ -175,7 +175,7 @@ def chosen(order: Sequence[tuple[int, float]], shown: int) -> list[tuple[str, in
 
 def _shown(options: Report, judged: Sequence[Judged]) -> list[dict[str, Any]]:
     ranking = next(each for each in judged if each.entrant.label == ranking_method(options.methods))
-    cases = options.cases()
+    cases = options.cases
     places = chosen(ranked(ranking.values, RANKED_BY), options.shown)
     return [
         _case(word, cases[number], score, [each.cells[number].pictures for each in judged])

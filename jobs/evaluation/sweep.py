@@ -66,14 +66,14 @@ def sweep(protocol: Protocol, entrants: Sequence[Entrant]) -> dict[str, list[Cel
     if tasks := missing(protocol, entrants):
         with ray_cluster():
             _run(protocol, tasks)
-    cases = protocol.cases()
+    cases = protocol.cases
     kept = {each.label: _cells(protocol, each.method, each.digest) for each in entrants}
     return {label: [cells.read(case) for case in cases] for label, cells in kept.items()}
 
 
 def missing(protocol: Protocol, entrants: Sequence[Entrant]) -> list[tuple[Entrant, int]]:
     """Entrants and the places of the subjects whose cells are not made yet."""
-    cases = protocol.cases()
+    cases = protocol.cases
     kept = [(each, _cells(protocol, each.method, each.digest)) for each in entrants]
     return [(each, number) for each, cells in kept for number, case in enumerate(cases) if not cells.has(case)]
 
@@ -113,7 +113,7 @@ def _method(name: str, parts: Parts) -> Method[Any]:
 
 @lru_cache(maxsize=1)
 def _cases(protocol: Protocol) -> list[Case]:
-    return protocol.cases()
+    return protocol.cases
 
 
 def _cells(protocol: Protocol, name: str, digest: str) -> Cells:

@@ -112,7 +112,7 @@ def judge_all(protocol: Protocol, entrants: Sequence[Entrant]) -> list[Judged]:
 
 def judge_made(protocol: Protocol, entrants: Sequence[Entrant], made: Mapping[str, list[Cell]]) -> list[Judged]:
     """Judges what `sweep` made of the protocol's subjects, whatever references it was given of them."""
-    judges, gallery, cases = protocol.judges, protocol.judged_against, protocol.cases()
+    judges, gallery, cases = protocol.judges, protocol.judged_against, protocol.cases
     return [
         Judged(entrant=each, cells=made[each.label], values=judge(judges, gallery, cases, made[each.label]))
         for each in entrants
@@ -120,9 +120,10 @@ def judge_made(protocol: Protocol, entrants: Sequence[Entrant], made: Mapping[st
 
 
 def row_of(judged: Judged) -> dict[str, Any]:
-    """The entrant's title, settings and digest, its figures with their intervals, and where its times were taken."""
+    """The entrant's method, title, settings and digest, its figures with intervals, and where its times were taken."""
     entrant = judged.entrant
     return {
+        "method": entrant.method,
         "title": METHODS[entrant.method].title,
         "settings": asdict(entrant.parts.settings.of(entrant.method)),
         "digest": entrant.digest,
@@ -157,7 +158,7 @@ def table_rows(options: Table1, judged: Sequence[Judged]) -> dict[str, dict[str,
 
 def made_by(protocol: Protocol, command: str) -> dict[str, Any]:
     """A table's record: command and code, what was evaluated with which models, who judged, how it was sampled."""
-    cases, parts, data = protocol.cases(), protocol.parts, protocol.photographs.data
+    cases, parts, data = protocol.cases, protocol.parts, protocol.photographs.data
     named = {each: getattr(parts.models, each) for each in ("base", "image_encoder", "weights", "segmenter")}
     places = {name: locate(place) for name, place in named.items() if place is not None}
     places |= {field_of(name): parts.ip_adapter / parts.settings.of(name).variant for name in PEERS}

@@ -85,8 +85,8 @@ def tune(options: cli.Flat[Tune]) -> None:
         chosen = with_settings(chosen, name, best)
         for line in at_the_edge(name, best, [each.parts.settings.of(name) for each in entrants]):
             print(line)
-    for label, row in rows.items():
-        row |= {"method": label.partition(" ")[0], "score": score(row)}
+    for row in rows.values():
+        row["score"] = score(row)
     others = {label: row for label, row in earlier.items() if row["method"] not in trials}
     store.put(TRIALS, (json.dumps(others | rows, indent=2) + "\n").encode())
     tuned = chosen.to_json({*options.methods_set, *trials})
@@ -102,11 +102,12 @@ def candidates(method: str, parts: Parts, grid: Grid) -> list[Entrant]:
     for combination in itertools.product(*values.values()):
         changes = dict(zip(values, combination, strict=True))
         label = " ".join([method, *(f"{name}={value:g}" for name, value in changes.items())])
-        entrants.append(_entrant(label, method, replace(parts.settings.of(method), **changes), parts))
+        entrants.append(entrant_with(label, method, replace(parts.settings.of(method), **changes), parts))
     return entrants
 
 
-def _entrant(label: str, method: str, own: Any, parts: Parts) -> Entrant:
+def entrant_with(label: str, method: str, own: Any, parts: Parts) -> Entrant:
+    """A method with settings of its own in these parts."""
     settings = with_settings(parts.settings, method, own)
     return Entrant(label=label, method=method, parts=replace(parts, settings=settings))
 
@@ -117,7 +118,7 @@ def with_earlier(entrants: list[Entrant], rows: Mapping[str, Mapping[str, Any]],
     found = {each.label: each for each in entrants}
     for label, row in rows.items():
         if row["method"] == method and label not in found:
-            entrant = _entrant(label, method, replace(parts.settings.of(method), **row["settings"]), parts)
+            entrant = entrant_with(label, method, replace(parts.settings.of(method), **row["settings"]), parts)
             if not missing(options, [entrant]):
                 found[label] = entrant
     return list(found.values())
@@ -129,10 +130,10 @@ def at_the_edge(method: str, best: Any, tried: Sequence[Any]) -> list[str]:
     for each in fields(best):
         values = {getattr(settings, each.name) for settings in tried}
         if len(values) > 1:
-            value, word = getattr(best, each.name), {min(values): "lowest", max(values): "highest"}
-            if value in word:
+            value, ends = getattr(best, each.name), {min(values): "lowest", max(values): "highest"}
+            if value in ends:
                 words.append(
-                    f"{method}: {each.name} {value:g} is the {word[value]} tried; a wider --grid may find better"
+                    f"{method}: {each.name} {value:g} is the {ends[value]} tried; a wider --grid may find better"
                 )
     return words
 

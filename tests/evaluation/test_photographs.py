@@ -254,7 +254,7 @@ def test_the_protocol_reads_photographs_and_names_what_is_missing(tiny: Path, tm
     )
     protocol = Protocol(output=str(tmp_path / "out"), photographs=photographs, references=1, identities=2)
     protocol.check(("textual-inversion", "dreambooth"))
-    assert [case.name for case in protocol.cases()] == ["ada", "eve"]
+    assert [case.name for case in protocol.cases] == ["ada", "eve"]
     assert protocol.parts.settings.dreambooth.learning_rate == 5e-6
     judges = protocol.judges
     assert judges.attributes is None

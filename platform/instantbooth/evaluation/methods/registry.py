@@ -64,11 +64,7 @@ class Settings:
             chosen = {}
             for each in fields(cls):
                 known, given = getattr(defaults or cls(), each.name), values.pop(each.name, {})
-                _check_types(f"{name}, {each.name}", type(known), given)
-                try:
-                    chosen[each.name] = replace(known, **given)
-                except ParameterError as error:
-                    raise ParameterError(f"{name}, {each.name}: {error}") from error
+                chosen[each.name] = _changed(f"{name}, {each.name}", known, given)
         except ParameterError:
             raise
         except (ValueError, TypeError, AttributeError) as error:
@@ -217,6 +213,15 @@ def check_references(names: tuple[str, ...], parts: Parts, cases: Sequence[Case]
         for number, reference in enumerate(case.references, start=1):
             if reference.mask is None:
                 segmenter.mask(reference.image.convert("RGB"), case.class_noun, f"{case.name}, reference {number}")
+
+
+def _changed(name: str, known: Any, given: Mapping[str, object]) -> Any:
+    """One method's settings with the given values. ParameterError, by this name, for one of a wrong type or range."""
+    _check_types(name, type(known), given)
+    try:
+        return replace(known, **given)
+    except ParameterError as error:
+        raise ParameterError(f"{name}: {error}") from error
 
 
 def _check_types(name: str, config: type, given: Mapping[str, object]) -> None:
