@@ -29,7 +29,7 @@ from jobs.evaluation.goals import goals_at_equal_alignment, goals_of
 from jobs.evaluation.protocol import Photographs, Protocol
 from jobs.evaluation.report import Report, best_of, chosen, page_of, report
 from jobs.evaluation.sweep import Entrant, sweep
-from jobs.evaluation.table1 import Judged, Table1, judge_all, machines_in_words, made_by, table1, table_rows
+from jobs.evaluation.table1 import DRAWN, Judged, Table1, judge_all, machines_in_words, made_by, table1, table_rows
 from jobs.evaluation.tune import Grid, Tune, candidates, score, tune, with_settings
 
 FAST = {"num_inference_steps": 1, "guidance_scale": 1.0}
@@ -96,6 +96,7 @@ def test_a_table_is_made_once_and_resumed_cell_by_cell_and_shown_on_a_page(
     assert rows["instantbooth"]["leads"]["instantbooth"]["alignment"] == {"mean": 0, "low": 0, "high": 0}
     more = rows["dreambooth"]["leads"]["instantbooth"]["alignment"]["mean"]
     assert more == pytest.approx(rows["instantbooth"]["alignment"]["mean"] - rows["dreambooth"]["alignment"]["mean"])
+    assert table["drawn"]["prompt_accuracy"]["mean"] > 0.97
     assert 0 <= rows["instantbooth"]["prompt_accuracy"]["low"] <= rows["instantbooth"]["prompt_accuracy"]["high"] <= 1
 
     write_beside(tmp_path, table)
@@ -104,6 +105,7 @@ def test_a_table_is_made_once_and_resumed_cell_by_cell_and_shown_on_a_page(
     report(options_of_page)
     assert (tmp_path / "table1.json").read_bytes() == written
     page = (tmp_path / "report.html").read_text()
+    assert DRAWN in page
     assert all(words in page for words in ("U-Net tuned", "0.3142 ✓", "0.7265 higher here", "trained 7 steps"))
     assert all(words in page for words in ("<td>0.45</td><td>1.25</td>", "<td>7</td>", "ahead at equal alignment"))
     assert page.count("<img") == 2 * (2 + 5 * 2), "two subjects with two references, five prompts and two methods each"

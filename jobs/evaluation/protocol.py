@@ -14,7 +14,7 @@ from instantbooth.config import GenerationDefaults, WeightsConfig
 from instantbooth.errors import ParameterError, did_you_mean
 from instantbooth.evaluation.cases import Case, check_count
 from instantbooth.evaluation.embedders import FaceEmbedder, VisionTransformer
-from instantbooth.evaluation.figures import Gallery, Judges
+from instantbooth.evaluation.figures import Gallery, Judges, judge_pictures, table_row
 from instantbooth.evaluation.judges import AttributeJudge, IdentityJudge
 from instantbooth.evaluation.methods.interface import Sampling
 from instantbooth.evaluation.methods.registry import (
@@ -27,7 +27,7 @@ from instantbooth.evaluation.methods.registry import (
     field_of,
 )
 from instantbooth.evaluation.metrics import check_wanted
-from instantbooth.evaluation.miniature_cases import draw_cases
+from instantbooth.evaluation.miniature_cases import draw_asked, draw_cases
 from instantbooth.evaluation.photographs import Dataset, Split, list_dreambench, list_identities
 from instantbooth.model.base import locate
 from instantbooth.model.weights import CONFIG_FILE
@@ -345,6 +345,13 @@ class Protocol:
         if not self.real:
             return Gallery(self.judges.identity, self._drawn(count, GALLERY_REFERENCES))
         return Gallery(self.judges.identity, [subject.case(self.given) for subject in self.dataset().subjects[:count]])
+
+    def drawn_row(self) -> dict[str, Any] | None:
+        """Figures of the subjects themselves in the scenes that the prompts name; None for photographs."""
+        if self.real:
+            return None
+        pictures = [draw_asked(self.split, case) for case in self.cases]
+        return table_row(judge_pictures(self.judges, self.judged_against, self.cases, pictures))
 
     def record(self) -> dict[str, Any]:
         """What was evaluated, for tables to keep: the numbers that were used, and who was left out."""

@@ -21,7 +21,7 @@ from jobs.evaluation import ablations, frontier, references
 from jobs.evaluation.found import Found, look, named_rows
 from jobs.evaluation.goals import REFERENCE, goals_of
 from jobs.evaluation.sweep import DIGEST_LENGTH, missing
-from jobs.evaluation.table1 import REPORTED, Judged, Table1, judge_all, machines_in_words, made_by, table_rows
+from jobs.evaluation.table1 import DRAWN, REPORTED, Judged, Table1, judge_all, machines_in_words, made_by, table_rows
 from jobs.tracked import flat
 from pipelines.page import render, thumbnail_uri
 
@@ -80,6 +80,8 @@ def page_of(
     return render(
         "evaluation.html.j2",
         rows=rows,
+        drawn=options.drawn_row(),
+        drawn_title=DRAWN,
         columns={column: title for column, title in COLUMNS.items() if column in best},
         reported={name: row for name, row in REPORTED.items() if name in rows},
         reported_columns={column: COLUMNS[column] for column in _reported() if column in best},

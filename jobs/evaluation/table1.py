@@ -25,6 +25,8 @@ from jobs.evaluation.sweep import DIGEST_LENGTH, Entrant, folder_digest, sweep
 from jobs.tracked import revision
 
 FILE = "table1.json"
+DRAWN = "the subjects themselves, drawn"
+"""Title of the row under the methods': what a perfect method would be judged."""
 WIDTH = 200
 REPORTED: Mapping[str, Mapping[str, float]] = {
     "textual-inversion": {
@@ -93,10 +95,11 @@ def table1(options: cli.Flat[Table1]) -> None:
     options.check(options.methods)
     rows = table_rows(options, judge_all(options, options.entrants))
     goals = goals_of(rows)
-    result = {"made_by": made_by(options, "table1"), "rows": rows, "goals": goals, "reported": REPORTED}
+    drawn = options.drawn_row()
+    result = {"made_by": made_by(options, "table1"), "rows": rows, "drawn": drawn, "goals": goals, "reported": REPORTED}
     store = open_store(options.output)
     store.put(FILE, (json.dumps(result, indent=2) + "\n").encode())
-    show(rows)
+    show(rows, drawn)
     conclude({"table": store.uri(FILE)}, goals)
 
 
@@ -176,7 +179,7 @@ def made_by(protocol: Protocol, command: str) -> dict[str, Any]:
     }
 
 
-def show(rows: dict[str, dict[str, Any]]) -> None:
+def show(rows: Mapping[str, Mapping[str, Any]], drawn: Mapping[str, Any] | None) -> None:
     """Prints the table: means, with half the width of their intervals; where times and settings come from."""
     columns = [column for column in COLUMNS if any(column in row for row in rows.values())]
     table = Table("method", *(COLUMNS[column] for column in columns), *TIMES.values(), "settings")
@@ -184,6 +187,8 @@ def show(rows: dict[str, dict[str, Any]]) -> None:
         figures = [figure(row[column]) for column in columns]
         times = [_time(row, column) for column in TIMES]
         table.add_row(row["title"], *figures, *times, row["settings_from"])
+    if drawn is not None:
+        table.add_row(DRAWN, *(figure(drawn[column]) for column in columns))
     console().print(table)
     console().print(machines_in_words(rows), highlight=False, markup=False)
 
@@ -207,6 +212,6 @@ def figure(interval: Mapping[str, float]) -> str:
     return f"{interval['mean']:.3f} ± {(interval['high'] - interval['low']) / 2:.3f}"
 
 
-def _time(row: dict[str, Any], column: str) -> str:
+def _time(row: Mapping[str, Any], column: str) -> str:
     ratio = row.get(f"{column}_ratio")
     return f"{row[column]['mean']:.2f}" + ("" if ratio is None else f" ({ratio:.1f}×)")

@@ -11,9 +11,19 @@ from PIL import Image
 from instantbooth.errors import ParameterError, WeightsError
 from instantbooth.evaluation.cases import RECONSTRUCTION, Case
 from instantbooth.evaluation.cells import Cell, Seconds
-from instantbooth.evaluation.figures import COLUMNS, Gallery, Judges, Value, difference, judge, ranked, table_row
+from instantbooth.evaluation.figures import (
+    COLUMNS,
+    Gallery,
+    Judges,
+    Value,
+    difference,
+    judge,
+    judge_pictures,
+    ranked,
+    table_row,
+)
 from instantbooth.evaluation.judges import AttributeJudge, IdentityJudge
-from instantbooth.evaluation.miniature_cases import draw_cases
+from instantbooth.evaluation.miniature_cases import draw_asked, draw_cases
 from instantbooth.miniature.corpus import identity_of, subject_seed
 from instantbooth.miniature.world import Scene, render
 from instantbooth.presets import miniature_folder
@@ -69,6 +79,16 @@ def test_perfect_pictures_have_perfect_figures_and_strangers_are_told_apart(judg
     for column in columns:
         assert right[column]["low"] <= right[column]["mean"] <= right[column]["high"]
     assert set(right["by_kind"]) == {"background", "style", "composition"}
+
+
+def test_subjects_drawn_as_their_prompts_ask_are_what_a_perfect_method_makes(judges: Judges, cases: list[Case]) -> None:
+    pictures = [draw_asked("validation", case) for case in cases]
+    row = table_row(judge_pictures(judges, Gallery(judges.identity, cases), cases, pictures))
+    assert row["prompt_accuracy"]["mean"] > 0.97
+    assert row["identification"]["mean"] > 0.9
+    assert "seconds" not in row
+    assert [len(own) for own in pictures] == [len(case.prompts) for case in cases]
+    assert pictures[0][0].tobytes() == draw_asked("validation", cases[0])[0].tobytes()
 
 
 def test_reconstruction_is_judged_on_pictures_of_the_subject_alone(judges: Judges, cases: list[Case]) -> None:

@@ -113,32 +113,36 @@ class Gallery:
 
 
 def judge(judges: Judges, gallery: Gallery, cases: Sequence[Case], cells: Sequence[Cell]) -> list[Value]:
-    """All figures of one method. `cells` belong to the cases, which are the first of the gallery.
-
-    Reconstruction is judged on the pictures of the subject alone, everything else on those of the three kinds.
-    """
-    if len(cases) != len(cells) or len(cases) > len(gallery.embeddings):
-        raise ParameterError(
-            f"there are {len(cases)} cases, {len(cells)} cells and a gallery of {len(gallery.embeddings)}; pass a cell "
-            "for each case, and a gallery that holds all of them"
-        )
-    values = []
-    for number, (case, cell) in enumerate(zip(cases, cells, strict=True)):
-        values += _judge_prompts(judges, gallery, number, case, cell)
-        alone = [n for n, prompt in enumerate(case.prompts) if prompt.kind == RECONSTRUCTION]
-        if alone:
-            similar = reconstruction(
-                judges.clip,
-                judges.processor,
-                [cell.pictures[n] for n in alone],
-                case.compared,
-            )
-            values += [_value("reconstruction", number, RECONSTRUCTION, each) for each in similar.tolist()]
+    """All figures of one method: those of its pictures, and its times."""
+    values = judge_pictures(judges, gallery, cases, [cell.pictures for cell in cells])
+    for number, cell in enumerate(cells):
         values.append(_value("seconds", number, "", cell.seconds.first_picture))
         values.append(_value("seconds_all", number, "", cell.seconds.all_pictures))
         values.append(_value("seconds_fit", number, "", cell.seconds.fit))
         sampled = cell.seconds.all_pictures - cell.seconds.fit
         values.append(_value("seconds_picture", number, "", sampled / len(cell.pictures)))
+    return values
+
+
+def judge_pictures(
+    judges: Judges, gallery: Gallery, cases: Sequence[Case], pictures: Sequence[Sequence[Image.Image]]
+) -> list[Value]:
+    """The figures of pictures, one for each prompt of the cases, which are the first of the gallery.
+
+    Reconstruction is judged on the pictures of the subject alone, everything else on those of the three kinds.
+    """
+    if len(cases) != len(pictures) or len(cases) > len(gallery.embeddings):
+        raise ParameterError(
+            f"there are {len(cases)} cases, pictures of {len(pictures)} and a gallery of {len(gallery.embeddings)}; "
+            "pass pictures of each case, and a gallery that holds all of them"
+        )
+    values = []
+    for number, (case, own) in enumerate(zip(cases, pictures, strict=True)):
+        values += _judge_prompts(judges, gallery, number, case, own)
+        alone = [picture for picture, prompt in zip(own, case.prompts, strict=True) if prompt.kind == RECONSTRUCTION]
+        if alone:
+            similar = reconstruction(judges.clip, judges.processor, alone, case.compared)
+            values += [_value("reconstruction", number, RECONSTRUCTION, each) for each in similar.tolist()]
     return values
 
 
@@ -192,9 +196,11 @@ def _subject_means(values: Sequence[Value], column: str) -> dict[int, float]:
     return {case: sum(numbers) / len(numbers) for case, numbers in found.items()}
 
 
-def _judge_prompts(judges: Judges, gallery: Gallery, number: int, case: Case, cell: Cell) -> list[Value]:
+def _judge_prompts(
+    judges: Judges, gallery: Gallery, number: int, case: Case, made: Sequence[Image.Image]
+) -> list[Value]:
     chosen = [n for n, prompt in enumerate(case.prompts) if prompt.kind != RECONSTRUCTION]
-    pictures, kinds = [cell.pictures[n] for n in chosen], [case.prompts[n].kind for n in chosen]
+    pictures, kinds = [made[n] for n in chosen], [case.prompts[n].kind for n in chosen]
     if not pictures:
         return []
     embedded = judges.identity.embed(pictures)

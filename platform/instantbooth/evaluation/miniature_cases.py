@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
+from PIL import Image
 
 from instantbooth.evaluation.cases import KINDS, Case, Prompt, check_count, reconstruction_prompts
 from instantbooth.evaluation.methods.interface import Reference
 from instantbooth.evaluation.miniature import draw_subjects, told
-from instantbooth.miniature.corpus import subject_seed
-from instantbooth.miniature.scene import ATTRIBUTES, caption_of
+from instantbooth.miniature.corpus import identity_of, subject_seed
+from instantbooth.miniature.scene import ATTRIBUTES, UNSAID, Scene, caption_of
+from instantbooth.miniature.world import render
 from instantbooth.prompts import SUBJECT_FIELD
 
 STYLES = tuple(style for style in ATTRIBUTES["style"] if style != "photo")
@@ -36,6 +41,18 @@ def draw_cases(split: str, count: int, *, references: int = 5, prompts_per_kind:
             )
         )
     return cases
+
+
+def draw_asked(split: str, case: Case) -> list[Image.Image]:
+    """A subject of `draw_cases` as its prompts ask for it, drawn by the renderer: what a perfect method would make."""
+    seed = subject_seed(split, case.number)
+    identity, rng = identity_of(seed), np.random.default_rng([seed, 4])
+    pictures = []
+    for prompt in case.prompts:
+        asked: dict[str, Any] = {"style": "photo", **UNSAID, **prompt.wanted}
+        asked.pop("subject", None)
+        pictures.append(render(identity, replace(Scene.sample(rng), **asked)).image)
+    return pictures
 
 
 def _draw_prompt(kind: str, noun: str, rng: np.random.Generator) -> Prompt:
