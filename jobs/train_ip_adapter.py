@@ -111,7 +111,8 @@ def _train(job: IPAdapterJob, models: Path, corpus: Corpus, variant: str, planne
     device = device_of(job.device)
     base = BaseModel.load(str(models / "base"), device=device, dtype=torch.float32)
     encoder = ImageEncoder(models / "clip", patch_layer=weights.PLUS_LAYER, device=device, dtype=torch.float32)
-    pairs = Pairs(corpus, corpus_latents(corpus, base.vae, job.output / "corpora"))
+    latents = corpus_latents(corpus, base.vae, job.output / "corpora")
+    pairs = Pairs(corpus, latents, replaced_backgrounds=job.training.replaced_backgrounds)
     started = time.perf_counter()
     # Another plan's checkpoints, or another base's, are not gone on from.
     checkpoints = job.output / "checkpoints" / sha256(json.dumps(planned).encode()).hexdigest()[:12]

@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 import ray
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from ray import cloudpickle
 from torch import Tensor
 from transformers import CLIPTokenizer
@@ -142,6 +143,8 @@ class TrainingFeed:
     """Examples that one task prepares."""
     tasks_ahead: int = TASKS_AHEAD
     """Tasks that run, or whose examples wait to be taken."""
+    replaced_backgrounds: float = 0.0
+    """AdapterTrainingConfig's; a scene is another row of the same shard."""
     precomputed: bool = False
     """Whether latents and prompt embeddings are taken from the shards, where ingestion put them."""
 
@@ -153,25 +156,28 @@ class TrainingFeed:
         """The example at a position of the training."""
         place = order.place(position)
         uri = self.shards.uris[place.shard]
-        row = _shard(uri, self.shards.digests[place.shard]).slice(place.row, 1).to_pylist()[0]
+        shard = _shard(uri, self.shards.digests[place.shard])
+        row = _row(shard, place.row)
         number = {"position": np.int64(position), "sample": np.int64(int(row["id"][:15], 16))}
         try:
-            return self.example(row, place.epoch) | number
+            return self.example(row, place.epoch, scenes=shard) | number
         except InputError as error:
             raise TrainingError(
                 f"row {row['id']} of {uri} cannot be trained on: {error}; ingest with the base that is trained, which "
                 "leaves such pairs out"
             ) from error
 
-    def example(self, row: dict[str, Any], epoch: int) -> dict[str, Any]:
-        """A row as it is trained on in an epoch; its augmentation is drawn from (seed, epoch, id)."""
-        example = self.prepare(
-            image=decode_image(row["image"], name=row["id"]).convert("RGB"),
-            mask=decode_image(row["mask"], name=row["id"]).convert("L"),
-            caption=row["caption"],
-            noun=row["noun"],
-            rng=np.random.default_rng([self.seed, epoch, int(row["id"][:16], 16)]),
-        )
+    def example(self, row: dict[str, Any], epoch: int, *, scenes: pa.Table | None = None) -> dict[str, Any]:
+        """A row as it is trained on in an epoch; all that is random in it is drawn from (seed, epoch, id).
+
+        Without `scenes`, references are on black.
+        """
+        rng = np.random.default_rng([self.seed, epoch, int(row["id"][:16], 16)])
+        scene = None
+        if scenes is not None and self.replaced_backgrounds and rng.random() < self.replaced_backgrounds:
+            scene = _pictured(_row(scenes, int(rng.integers(len(scenes)))))
+        image, mask = _pictured(row)
+        example = self.prepare(image=image, mask=mask, caption=row["caption"], noun=row["noun"], rng=rng, scene=scene)
         if self.precomputed:
             example |= {name: np.frombuffer(row[name], np.float16) for name in PRECOMPUTED}
         return example
@@ -236,6 +242,17 @@ def first_examples(feed: TrainingFeed, count: int) -> dict[str, Tensor]:
     """The first rows of the shards as one batch, augmented the same way every time; for validation."""
     made = [feed.example(row, 0) for row in islice(feed.shards.read_rows(), count)]
     return unpacked({name: torch.from_numpy(np.stack([each[name] for each in made])) for name in made[0]})
+
+
+def _row(shard: pa.Table, number: int) -> dict[str, Any]:
+    row: dict[str, Any] = shard.slice(number, 1).to_pylist()[0]
+    return row
+
+
+def _pictured(row: dict[str, Any]) -> tuple[Image.Image, Image.Image]:
+    """A row's picture, RGB, and its mask, L."""
+    picture, mask = (decode_image(row[name], name=row["id"]) for name in ("image", "mask"))
+    return picture.convert("RGB"), mask.convert("L")
 
 
 def _cut(block: dict[str, NDArray[np.generic]], size: int) -> Iterator[dict[str, Tensor]]:

@@ -487,6 +487,7 @@ def training_feed(job: TrainingJob) -> TrainingFeed:
         seed=job.config.adapters.seed,
         batch_size=job.config.adapters.batch_size,
         rows_per_task=rows_per_task(job.prepare.image_size, job.prepare.encoder_size),
+        replaced_backgrounds=job.config.adapters.replaced_backgrounds,
         precomputed=job.config.precomputed,
     )
 

@@ -28,6 +28,8 @@ from instantbooth.images import (
     mask_coverage,
     read_metadata,
     read_png_metadata,
+    replace_background,
+    subject_square,
 )
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8))
@@ -222,6 +224,36 @@ def test_a_crop_is_a_square_around_the_subject_black_beyond_the_picture() -> Non
         crop_subject(image, Image.new("L", (100, 60)))
 
 
+@given(looseness=st.floats(0, 1))
+def test_a_loose_crop_holds_the_tight_one_and_no_more_than_the_picture(looseness: float) -> None:
+    image, mask = Image.new("RGB", (100, 60), (200, 100, 50)), Image.new("L", (100, 60))
+    mask.paste(255, (70, 20, 90, 40))
+    cropped, cropped_mask = crop_subject(image, mask, looseness=looseness)
+    assert 24 <= cropped.width == cropped.height <= 100
+    assert np.asarray(cropped_mask).sum() == np.asarray(mask).sum(), "all of the subject is in it"
+
+
+def test_the_loosest_crop_is_what_an_encoder_is_shown_without_a_mask() -> None:
+    image, mask = Image.new("RGB", (100, 60), (200, 100, 50)), Image.new("L", (100, 60))
+    mask.paste(255, (70, 20, 90, 40))
+    assert crop_subject(image, mask, looseness=1)[0].tobytes() == subject_square(image, None).tobytes()
+    with pytest.raises(ParameterError, match=r"looseness must be from 0 to 1, is 2"):
+        crop_subject(image, mask, looseness=2)
+
+
+def test_a_replaced_background_is_the_scene_without_whoever_is_in_it() -> None:
+    image, scene = Image.new("RGB", (40, 40), (200, 100, 50)), Image.new("RGB", (20, 20), (0, 60, 120))
+    mask, scene_mask = Image.new("L", (40, 40)), Image.new("L", (20, 20))
+    mask.paste(255, (0, 0, 10, 40))
+    scene.paste((255, 255, 255), (10, 0, 20, 20))
+    scene_mask.paste(255, (10, 0, 20, 20))
+    placed = np.asarray(replace_background(image, mask, scene, scene_mask))
+    assert (placed[:, :10] == (200, 100, 50)).all()
+    assert (placed[:, 10:] == (0, 60, 120)).all()
+    scene_mask.paste(255, (0, 0, 20, 20))
+    assert replace_background(image, mask, scene, scene_mask).getpixel((30, 30)) == (0, 0, 0)
+
+
 def test_a_long_thin_subject_does_not_claim_gigabytes() -> None:
     image = Image.new("RGB", (1_000_000, 16), (9, 9, 9))
     cropped, cropped_mask = crop_subject(image, Image.new("L", image.size, 255))
@@ -265,6 +297,16 @@ def test_augmentation_keeps_size_background_subject_and_colour(seed: int) -> Non
     assert colour[0] > colour[1] > colour[2]
     assert np.abs(colour / (180, 120, 90) - 1).max() < 0.35
     assert (augmented[~subject] <= (190 * 1.3, 130 * 1.3, 100 * 1.3)).all()
+
+
+@given(seed=st.integers(0, 2**32))
+def test_augmentation_keeps_the_subject_that_a_mask_marks_in_a_busy_picture(seed: int) -> None:
+    picture, mask = Image.new("RGB", (64, 64), (0, 0, 200)), Image.new("L", (64, 64))
+    picture.paste((200, 0, 0), (2, 2, 18, 18))
+    mask.paste(255, (2, 2, 18, 18))
+    augmented = np.asarray(augment(picture, np.random.default_rng(seed), mask=mask)).astype(int)
+    subject = augmented[:, :, 0] > augmented[:, :, 2]
+    assert subject.sum() >= 0.45 * 16 * 16
 
 
 def test_augmentation_of_strength_zero_changes_nothing() -> None:

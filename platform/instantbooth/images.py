@@ -151,26 +151,33 @@ def mask_coverage(mask: Image.Image) -> float:
     return float((np.asarray(mask) > 127).mean())
 
 
-def crop_subject(image: Image.Image, mask: Image.Image, *, margin: float = 0.1) -> tuple[Image.Image, Image.Image]:
+def crop_subject(
+    image: Image.Image, mask: Image.Image, *, margin: float = 0.1, looseness: float = 0.0
+) -> tuple[Image.Image, Image.Image]:
     """Image and mask cut to one square around the subject, black (mask: 0) where it leaves the picture.
 
-    The square's side is the longer side of the subject's bounding box, plus `margin` of it on either side. One over
-    2048 px is scaled down to that, so a long thin picture cannot claim gigabytes.
+    The square's side is the longer side of the subject's bounding box, plus `margin` of it on either side; by its
+    `looseness` it is on the way from there (0) to the square that holds the whole picture (1). One over 2048 px is
+    scaled down to that, so a long thin picture cannot claim gigabytes.
 
-    Raises ImageError for a mask without subject, ParameterError for a margin outside 0 to 1.
+    Raises ImageError for a mask without subject, ParameterError for a margin or looseness outside 0 to 1.
     """
-    if not 0 <= margin <= 1:
-        raise ParameterError(f"margin must be from 0 to 1, is {margin}; 0.1 is the default")
+    for name, value in (("margin", margin), ("looseness", looseness)):
+        if not 0 <= value <= 1:
+            raise ParameterError(f"{name} must be from 0 to 1, is {value}; leave it out for the usual crop")
     box = mask.point([0] * 128 + [255] * 128).getbbox()
     if box is None:
         raise ImageError("the mask marks no subject to crop; pass another mask, or none")
     left, top, right, bottom = box
-    side = math.ceil(max(right - left, bottom - top) * (1 + 2 * margin))
+    tight = max(right - left, bottom - top) * (1 + 2 * margin)
+    side = math.ceil(tight + looseness * (max(image.size) - tight))
     if side > MAX_CROP_SIDE:
         scale = MAX_CROP_SIDE / side
         size = (max(1, int(image.width * scale)), max(1, int(image.height * scale)))
-        return crop_subject(image.resize(size), mask.resize(size), margin=margin)
-    left, top = (left + right - side) // 2, (top + bottom - side) // 2
+        return crop_subject(image.resize(size), mask.resize(size), margin=margin, looseness=looseness)
+    across, down = left + right, top + bottom
+    left = math.floor(across + looseness * (image.width - across) - side) // 2
+    top = math.floor(down + looseness * (image.height - down) - side) // 2
     square = (left, top, left + side, top + side)
     return image.crop(square), mask.crop(square)
 
@@ -180,6 +187,19 @@ def mask_background(image: Image.Image, mask: Image.Image) -> Image.Image:
     if image.mode == "RGBA":
         mask = ImageChops.multiply(mask, image.getchannel("A"))
     return Image.composite(image.convert("RGB"), Image.new("RGB", image.size), mask)
+
+
+def replace_background(
+    image: Image.Image, mask: Image.Image, scene: Image.Image, scene_mask: Image.Image
+) -> Image.Image:
+    """The subject before another picture, which is stretched to this one's size; RGB.
+
+    Whoever is in the scene is painted over with the mean colour of the rest of it.
+    """
+    behind, hidden = np.asarray(scene.convert("RGB")), np.asarray(scene_mask.convert("L")) > 127
+    mean = behind[~hidden].mean(axis=0) if not hidden.all() else np.zeros(3)
+    emptied = Image.fromarray(np.where(hidden[:, :, None], mean, behind).astype(np.uint8)).resize(image.size)
+    return Image.composite(image.convert("RGB"), emptied, mask)
 
 
 def subject_square(image: Image.Image, mask: Image.Image | None) -> Image.Image:
@@ -195,19 +215,26 @@ def subject_square(image: Image.Image, mask: Image.Image | None) -> Image.Image:
     return square
 
 
-def augment(image: Image.Image, rng: np.random.Generator, *, settings: Augmentation | None = None) -> Image.Image:
-    """A conditioning picture (RGB, masked, cropped) changed at random: colour, rotation, crop, flip. Size stays.
+def augment(
+    image: Image.Image,
+    rng: np.random.Generator,
+    *,
+    settings: Augmentation | None = None,
+    mask: Image.Image | None = None,
+) -> Image.Image:
+    """A conditioning picture (RGB, cropped) changed at random: colour, rotation, crop, flip. Size stays.
 
-    The paper's heavy augmentation, which keeps a model from copying its reference's pose and place. Black is background
-    and stays black. The same state of `rng` gives the same picture. 0.7 ms at 64x64, 7 ms at 224x224.
+    The paper's heavy augmentation, which keeps a model from copying its reference's pose and place. Black stays black.
+    The subject, of which a crop keeps enough, is what `mask` marks, else all that is not black. The same state of `rng`
+    gives the same picture. 0.7 ms at 64x64, 7 ms at 224x224.
     """
     settings = settings or Augmentation()
     pixels = np.asarray(image, dtype=np.float32)
-    subject = pixels.max(axis=-1) > 0
-    if subject.any():
-        pixels = _jitter(pixels, subject, rng, settings)
+    seen = pixels.max(axis=-1) > 0
+    if seen.any():
+        pixels = _jitter(pixels, seen, rng, settings)
     coloured = Image.fromarray(pixels.astype(np.uint8))
-    geometry = _draw_geometry(subject, rng, settings)
+    geometry = _draw_geometry(seen if mask is None else np.asarray(mask) > 127, rng, settings)
     return coloured.transform(image.size, Image.Transform.AFFINE, geometry, Image.Resampling.BILINEAR)
 
 
@@ -342,16 +369,16 @@ def _extent(picture: Image.Image) -> str:
     return f"{picture.width}x{picture.height}"
 
 
-def _jitter(pixels: Pixels, subject: Silhouette, rng: np.random.Generator, settings: Augmentation) -> Pixels:
-    """Colour jitter of the subject's pixels; [H, W, 3] float32 in 0 to 255."""
+def _jitter(pixels: Pixels, seen: Silhouette, rng: np.random.Generator, settings: Augmentation) -> Pixels:
+    """Colour jitter of the pixels seen, all others are black; [H, W, 3] float32 in 0 to 255."""
     strengths = np.array([settings.brightness, settings.contrast, settings.saturation])
     brightness, contrast, saturation = (1 + strengths * rng.uniform(-1, 1, size=3)).astype(np.float32)
-    colours = pixels[subject] * brightness
+    colours = pixels[seen] * brightness
     mean = colours.mean()
     colours = mean + contrast * (colours - mean)
     grey = (colours @ LUMA)[:, None]
     jittered = np.zeros_like(pixels)
-    jittered[subject] = np.clip(grey + saturation * (colours - grey) + 0.5, 0, 255)
+    jittered[seen] = np.clip(grey + saturation * (colours - grey) + 0.5, 0, 255)
     return jittered
 
 

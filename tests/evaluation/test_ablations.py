@@ -141,6 +141,22 @@ def test_without_the_mask_a_crop_holds_the_background() -> None:
     assert float((crops - cut)[~hidden].median()) < 1e-6
 
 
+def test_a_replaced_background_is_neither_black_nor_the_pictures_own() -> None:
+    corpus, latents = four_pictures(Scene(background="beach")), torch.zeros(4, 4, 16, 16)
+
+    def crops(share: float) -> Tensor:
+        pairs = Pairs(corpus, latents, replaced_backgrounds=share)
+        return pairs.draw(64, torch.Generator().manual_seed(0))[1]["reference_pixels"]
+
+    def black(pixels: Tensor) -> float:
+        """Share of the crops with a black border region, as a mask leaves it."""
+        return float(((pixels == 0).all(dim=1).float().mean(dim=(1, 2)) > 0.2).float().mean())
+
+    assert black(crops(0.0)) > 0.9
+    assert black(crops(1.0)) < 0.2
+    assert 0.3 < black(crops(0.5)) < 0.8
+
+
 @pytest.mark.parametrize(
     ("reported", "low", "high", "word"),
     [

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,22 +16,27 @@ from instantbooth.storage import FileStore
 from instantbooth.training.adapters import ExamplePreparer
 from pipelines import feed
 from pipelines.curation.precompute import Precomputed
-from pipelines.feed import Shards, TrainingFeed, sample_name
+from pipelines.feed import Shards, TrainingFeed, first_examples, sample_name
 from pipelines.ingest import caption_rules
 from tests.curated import write_curated
 
 ROWS = 20
 
 
-@pytest.mark.usefixtures("ray_session")
-def test_a_feed_taken_up_later_or_shared_gives_the_same_batches(tmp_path: Path, tiny: Path) -> None:
-    ids = write_curated(FileStore(tmp_path), ROWS)
-    training = TrainingFeed(
-        shards=Shards.of(str(tmp_path)),
+def feed_of(folder: Path, tiny: Path, replaced_backgrounds: float) -> TrainingFeed:
+    return TrainingFeed(
+        shards=Shards.of(str(folder)),
         prepare=ExamplePreparer.for_model(str(tiny / "base"), str(tiny / "clip")),
         seed=0,
         batch_size=8,
+        replaced_backgrounds=replaced_backgrounds,
     )
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_feed_taken_up_later_or_shared_gives_the_same_batches(tmp_path: Path, tiny: Path) -> None:
+    ids = write_curated(FileStore(tmp_path), ROWS)
+    training = feed_of(tmp_path, tiny, 0.5)
     whole = list(training.batches(0, 10))
     assert len(whole) == 10
     samples = [sample_name(sample) for batch in whole for sample in batch["sample"].tolist()]
@@ -42,6 +48,24 @@ def test_a_feed_taken_up_later_or_shared_gives_the_same_batches(tmp_path: Path, 
     for number, batch in enumerate(whole[6:]):
         assert all(torch.equal(batch[name], later[number][name]) for name in batch)
         assert all(torch.equal(batch[name], torch.cat([share[number][name] for share in shares])) for name in batch)
+
+
+def test_references_stand_before_other_rows_as_often_as_is_asked(tmp_path: Path, tiny: Path) -> None:
+    write_curated(FileStore(tmp_path), ROWS)
+
+    def dark(share: float) -> list[float]:
+        """How much of each reference is black."""
+        training = feed_of(tmp_path, tiny, share)
+        examples = [training.at(training.order(), position) for position in range(ROWS)]
+        return [float((each["reference_pixels"].max(axis=0) < 5).mean()) for each in examples]
+
+    never, sometimes, always = (dark(share) for share in (0.0, 0.5, 1.0))
+    assert np.mean(always) < 0.5 * np.mean(never)
+    same = [a == b for a, b in zip(sometimes, always, strict=True)]
+    assert 0.2 < np.mean(same) < 0.8
+    training = feed_of(tmp_path, tiny, 1.0)
+    validation, plain = (first_examples(each, 2) for each in (training, feed_of(tmp_path, tiny, 0.0)))
+    assert torch.equal(validation["reference_pixels"], plain["reference_pixels"]), "losses compare over trainings"
 
 
 def test_a_shard_that_was_altered_is_told(tmp_path: Path) -> None:

@@ -94,6 +94,7 @@ def test_the_background_weighs_what_was_asked_and_every_picture_the_same(tiny: P
     [
         ("background_weight", 1.5, r"background_weight must be from 0 to 1, is 1\.5"),
         ("text_dropout", 8, "text_dropout must be from 0 to 1, is 8"),
+        ("replaced_backgrounds", -0.1, r"replaced_backgrounds must be from 0 to 1, is -0\.1"),
         ("steps", 0, "steps must be at least 1, is 0"),
         ("batch_size", 0, "batch_size must be at least 1"),
         ("clip_norm", 0, "clip_norm must be at least"),
@@ -116,6 +117,19 @@ def test_examples_hide_the_background_from_the_reference(tiny: Path) -> None:
     darkness = first["reference_pixels"].max(axis=0) < 5
     assert darkness.mean() > 0.05
     assert (first["pixel_values"].max(axis=0) < 5).mean() < 0.01
+
+
+def test_a_scene_stands_behind_the_reference_and_leaves_the_target_alone(tiny: Path) -> None:
+    preparer = ExamplePreparer.for_model(str(tiny / "base"), str(tiny / "clip"))
+    image, mask = portrait(3)
+    green = Image.new("RGB", (50, 30), (0, 255, 0)), Image.new("L", (50, 30))
+    pair = {"image": image, "mask": mask, "caption": "a {subject}", "noun": "person"}
+    alone, placed = (preparer(**pair, scene=scene, rng=np.random.default_rng(0)) for scene in (None, green))
+    assert (placed["pixel_values"] == alone["pixel_values"]).all()
+    assert (placed["subject_mask"] == alone["subject_mask"]).all()
+    red, lime, blue = placed["reference_pixels"].astype(int)
+    assert ((lime > red + 100) & (lime > blue + 100)).mean() > 0.1
+    assert (alone["reference_pixels"].max(axis=0) < 5).mean() > (placed["reference_pixels"].max(axis=0) < 5).mean()
 
 
 def test_a_picture_that_travels_as_bytes_is_the_same_to_the_last_bit(tiny: Path) -> None:

@@ -79,7 +79,7 @@ def train_ablation(
     )
     objective, tuned = ablated_objective(booth, config, ablation)
     parameters = sum(parameter.numel() for parameter in objective.parameters() if parameter.requires_grad)
-    pairs = Pairs(corpus, latents, masked=ablation.masked)
+    pairs = Pairs(corpus, latents, masked=ablation.masked, replaced_backgrounds=config.replaced_backgrounds)
     multiples = dict.fromkeys(tuned, tuned_rate)
     losses = train_adapters(objective, pairs, folder=trained.folder, multiples=multiples)
     booth.save_weights(trained.folder / "weights")

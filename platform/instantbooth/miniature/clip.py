@@ -14,7 +14,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPToken
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from instantbooth.miniature.corpus import Corpus
-from instantbooth.miniature.crops import subject_crops, to_unit
+from instantbooth.miniature.crops import on_black, subject_crops, to_unit
 from instantbooth.miniature.vocabulary import MAX_LENGTH
 from instantbooth.miniature.world import SIZE
 from instantbooth.training.attention import write_out_attention
@@ -76,7 +76,8 @@ def train_clip(
         rows = torch.randint(len(corpus), (examples,), generator=generator)
         rng = np.random.default_rng(int(torch.randint(2**31, (), generator=generator)))
         scenes, subjects = rows[: examples // 3], rows[examples // 3 :]
-        crops = [subject_crops(images[subjects], masks[subjects], generator) for _ in range(2)]
+        alone = on_black(images[subjects], masks[subjects])
+        crops = [subject_crops(alone, masks[subjects], generator) for _ in range(2)]
         pixels = torch.cat([to_unit(images[scenes]), *crops])
         captions = [scene_caption(corpus, int(row), rng) for row in scenes]
         captions += [detail_caption(corpus, int(row), rng) for row in subjects]

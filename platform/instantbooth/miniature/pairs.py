@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 from instantbooth.errors import ParameterError
 from instantbooth.miniature.autoencoder import encode_latents
 from instantbooth.miniature.corpus import Corpus
-from instantbooth.miniature.crops import subject_crops
+from instantbooth.miniature.crops import on_black, on_scenes, subject_crops, to_unit
 from instantbooth.model.weights import tensors_digest
 from instantbooth.training.adapters import AdapterTrainingConfig
 from instantbooth.training.loop import LoopConfig
@@ -23,9 +23,15 @@ from instantbooth.training.loop import LoopConfig
 class Pairs:
     """Targets as latents, and their subjects cut out, masked and augmented."""
 
-    def __init__(self, corpus: Corpus, latents: Tensor, *, masked: bool = True) -> None:
-        """`latents` [N, C, h, w] are the corpus's, scaled. Not `masked`, the crops keep their background."""
+    def __init__(
+        self, corpus: Corpus, latents: Tensor, *, masked: bool = True, replaced_backgrounds: float = 0.0
+    ) -> None:
+        """`latents` [N, C, h, w] are the corpus's, scaled. Not `masked`, the crops keep their background.
+
+        `replaced_backgrounds` is AdapterTrainingConfig's.
+        """
         self.masked = masked
+        self.replaced_backgrounds = replaced_backgrounds
         self.corpus = corpus
         self.latents = latents
         self._images, self._masks = torch.from_numpy(corpus.images), torch.from_numpy(corpus.masks)
@@ -36,10 +42,24 @@ class Pairs:
         That is `latents` [B, C, h, w], `reference_pixels` [B, 3, 64, 64] and `subject_mask` [B, 1, h, w].
         """
         rows = torch.randint(len(self.corpus), (examples,), generator=generator)
-        crops = subject_crops(self._images[rows], self._masks[rows], generator, masked=self.masked)
+        crops = self._crops(rows, generator)
         latents = self.latents[rows]
         covered = F.interpolate(self._masks[rows, None].float() / 255, size=list(latents.shape[-2:]), mode="area")
         return rows.tolist(), {"latents": latents, "reference_pixels": crops, "subject_mask": covered}
+
+    def _crops(self, rows: Tensor, generator: Generator) -> Tensor:
+        images, masks = self._images[rows], self._masks[rows]
+        if not self.masked:
+            return subject_crops(to_unit(images), masks, generator)
+        pixels = on_black(images, masks)
+        if not self.replaced_backgrounds:
+            return subject_crops(pixels, masks, generator)
+        others = torch.randint(len(self.corpus), (len(rows),), generator=generator)
+        replaced = torch.rand(len(rows), generator=generator) < self.replaced_backgrounds
+        looseness = torch.rand(len(rows), generator=generator) * replaced
+        placed = on_scenes(images, masks, self._images[others], self._masks[others])
+        pixels = torch.where(replaced[:, None, None, None], placed, pixels)
+        return subject_crops(pixels, masks, generator, looseness=looseness)
 
 
 def corpus_latents(corpus: Corpus, vae: AutoencoderKL, folder: Path) -> Tensor:

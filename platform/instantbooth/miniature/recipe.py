@@ -325,8 +325,10 @@ def _build_adapters(shop: Workshop) -> dict[str, float]:
         device=shop.device,
     )
     corpus = shop.adapter_corpus()
-    objective = AdapterObjective(booth, shop.recipe.adapters)
-    losses = train_adapters(objective, Pairs(corpus, shop.latents(corpus)), folder=shop.checkpoints)
+    config = shop.recipe.adapters
+    objective = AdapterObjective(booth, config)
+    pairs = Pairs(corpus, shop.latents(corpus), replaced_backgrounds=config.replaced_backgrounds)
+    losses = train_adapters(objective, pairs, folder=shop.checkpoints)
     booth.save_weights(shop.models / "adapters")
     return {"loss": last_loss(losses)}
 

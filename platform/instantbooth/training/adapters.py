@@ -15,7 +15,7 @@ from torch import Generator, Tensor, nn
 from transformers import CLIPTokenizer
 
 from instantbooth.errors import BaseModelError
-from instantbooth.images import Augmentation, augment, crop_subject, mask_background
+from instantbooth.images import Augmentation, augment, crop_subject, mask_background, replace_background
 from instantbooth.model.adapter import References, adapter_kwargs
 from instantbooth.model.base import BaseModel, load_tokenizer, locate
 from instantbooth.model.conditioning import inject
@@ -42,6 +42,7 @@ BOUNDS = {
     "text_dropout": SHARE,
     "image_dropout": SHARE,
     "both_dropout": SHARE,
+    "replaced_backgrounds": SHARE,
     "background_weight": SHARE,
     "seed": (0, 2**63 - 1),
 }
@@ -74,6 +75,9 @@ class AdapterTrainingConfig:
     """Share of rows trained without patch features (β = 0)."""
     both_dropout: float = 0.0
     """Share of rows trained without both, beside those that the two above meet by chance."""
+    replaced_backgrounds: float = 0.0
+    """Share of references that stand before another pair's background, framed more loosely, instead of on black (0).
+    From them the model learns to find the subject where a reference is not masked."""
     background_weight: float = 1.0
     """The loss's weight outside the subject, against 1 on it; 1 is the paper's plain loss. What adapters can learn is
     on the subject: less of the rest is less noise in their gradients."""
@@ -143,16 +147,24 @@ class ExamplePreparer:
         )
 
     def __call__(
-        self, *, image: Image.Image, mask: Image.Image, caption: str, noun: str, rng: np.random.Generator
+        self,
+        *,
+        image: Image.Image,
+        mask: Image.Image,
+        caption: str,
+        noun: str,
+        rng: np.random.Generator,
+        scene: tuple[Image.Image, Image.Image] | None = None,
     ) -> dict[str, NDArray[np.generic]]:
         """The target is the picture as it is; the reference its subject: masked, cropped, heavily augmented.
 
-        `caption` holds "{subject}" once. Returns pixel_values [3, H, W], reference_pixels [3, s, s] and subject_mask
+        `scene` is another picture with its mask: the subject is put before it instead of on black. `caption` holds
+        "{subject}" once. Returns pixel_values [3, H, W], reference_pixels [3, s, s] and subject_mask
         [1, h, w], the share of each latent pixel that the subject covers, as bytes that `unpacked` makes numbers of;
         input_ids [T], bare_ids [T] ("V̂ noun" alone), and the position of V̂ in both [].
         """
         picture = image.convert("RGB")
-        reference = augment(mask_background(*crop_subject(picture, mask)), rng, settings=self.augmentation)
+        reference = self._reference(picture, mask, scene, rng)
         covered = mask.convert("L").resize((self.latent_size,) * 2, Image.Resampling.BOX)
         ids, position = tokenize_subject(self.tokenizer, expand(caption, noun))
         bare_ids, bare_position = tokenize_subject(self.tokenizer, expand(SUBJECT_FIELD, noun))
@@ -167,6 +179,19 @@ class ExamplePreparer:
             "bare_ids": np.array(bare_ids, np.int64),
             "bare_position": np.array(bare_position, np.int64),
         }
+
+    def _reference(
+        self,
+        picture: Image.Image,
+        mask: Image.Image,
+        scene: tuple[Image.Image, Image.Image] | None,
+        rng: np.random.Generator,
+    ) -> Image.Image:
+        if scene is None:
+            return augment(mask_background(*crop_subject(picture, mask)), rng, settings=self.augmentation)
+        placed = replace_background(picture, mask, *scene)
+        cropped, silhouette = crop_subject(placed, mask, looseness=rng.random())
+        return augment(cropped, rng, settings=self.augmentation, mask=silhouette)
 
 
 def unpacked(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
