@@ -144,7 +144,7 @@ class TrainingFeed:
     tasks_ahead: int = TASKS_AHEAD
     """Tasks that run, or whose examples wait to be taken."""
     replaced_backgrounds: float = 0.0
-    """AdapterTrainingConfig's; a scene is another row of the same shard."""
+    """AdapterTrainingConfig's; a scene is a row of the same shard, drawn at random."""
     precomputed: bool = False
     """Whether latents and prompt embeddings are taken from the shards, where ingestion put them."""
 

@@ -113,7 +113,7 @@ class Gallery:
 
 
 def judge(judges: Judges, gallery: Gallery, cases: Sequence[Case], cells: Sequence[Cell]) -> list[Value]:
-    """All figures of one method: those of its pictures, and its times."""
+    """All figures of one method: those of its pictures, by `judge_pictures`, and its times. A cell for each case."""
     values = judge_pictures(judges, gallery, cases, [cell.pictures for cell in cells])
     for number, cell in enumerate(cells):
         values.append(_value("seconds", number, "", cell.seconds.first_picture))

@@ -28,7 +28,7 @@ class Pairs:
     ) -> None:
         """`latents` [N, C, h, w] are the corpus's, scaled. Not `masked`, the crops keep their background.
 
-        `replaced_backgrounds` is AdapterTrainingConfig's.
+        `replaced_backgrounds` is AdapterTrainingConfig's, and of masked crops alone.
         """
         self.masked = masked
         self.replaced_backgrounds = replaced_backgrounds
