@@ -24,7 +24,7 @@ class BuildConfig:
     """Where to put the finished models in float16, for example platform/instantbooth/miniature/weights."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     recipe: RecipeOption = Recipe()
-    """`recipe:cpu` is four hours of two cores; `recipe:gpu` has a better base, and made the shipped weights."""
+    """`recipe:cpu` takes two cores 4.5 hours; `recipe:gpu` has a better base, and made the shipped weights."""
 
     def __post_init__(self) -> None:
         if self.ship is not None:

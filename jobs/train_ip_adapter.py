@@ -19,7 +19,7 @@ from instantbooth.evaluation.ip_adapter import weights
 from instantbooth.evaluation.ip_adapter.origin import MODELS, RECORD, trained_for
 from instantbooth.miniature.corpus import Corpus, render_corpus
 from instantbooth.miniature.ip_adapter import train_ip_adapter, training_of
-from instantbooth.miniature.pairs import Pairs, corpus_latents
+from instantbooth.miniature.pairs import corpus_latents
 from instantbooth.miniature.recipe import RECIPES, check_destination, ship
 from instantbooth.model.base import BaseModel, device_of
 from instantbooth.model.encoders import ImageEncoder
@@ -43,7 +43,7 @@ class IPAdapterJob:
     models: Path | None = None
     """A miniature built elsewhere (its base/ and clip/); the shipped one if not given."""
     recipe: RecipeOption = RECIPES["gpu"]
-    """Its pairs and its training of the adapters: InstantBooth's own budget."""
+    """Its pairs and its rounds of the adapters' training: InstantBooth's own budget."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
     def __post_init__(self) -> None:
@@ -54,9 +54,9 @@ class IPAdapterJob:
                 check_destination(self.ship / variant)
 
     @property
-    def training(self) -> AdapterTrainingConfig:
-        """The recipe's, as IP-Adapter needs it."""
-        return training_of(self.recipe.adapters)
+    def rounds(self) -> tuple[AdapterTrainingConfig, ...]:
+        """The recipe's, as IP-Adapter needs them."""
+        return tuple(training_of(each) for each in self.recipe.rounds)
 
 
 def run(job: IPAdapterJob) -> None:
@@ -87,7 +87,7 @@ def plan(job: IPAdapterJob, models: Path, variant: str) -> dict[str, Any]:
         "variant": variant,
         MODELS: trained_for(models / "base", models / "clip"),
         "pictures": job.recipe.adapter_pictures,
-        "training": asdict(job.training),
+        "rounds": [asdict(each) for each in job.rounds],
     }
     found: dict[str, Any] = json.loads(json.dumps(planned))
     return found
@@ -112,11 +112,10 @@ def _train(job: IPAdapterJob, models: Path, corpus: Corpus, variant: str, planne
     base = BaseModel.load(str(models / "base"), device=device, dtype=torch.float32)
     encoder = ImageEncoder(models / "clip", patch_layer=weights.PLUS_LAYER, device=device, dtype=torch.float32)
     latents = corpus_latents(corpus, base.vae, job.output / "corpora")
-    pairs = Pairs(corpus, latents, replaced_backgrounds=job.training.replaced_backgrounds)
     started = time.perf_counter()
     # Another plan's checkpoints, or another base's, are not gone on from.
     checkpoints = job.output / "checkpoints" / sha256(json.dumps(planned).encode()).hexdigest()[:12]
-    objective, losses = train_ip_adapter(variant, base, encoder, pairs, job.training, folder=checkpoints)
+    objective, losses = train_ip_adapter(variant, base, encoder, corpus, latents, job.rounds, folder=checkpoints)
     record = planned | {
         "parameters": sum(parameter.numel() for parameter in objective.trained.parameters()),
         "steps": len(losses),

@@ -35,8 +35,8 @@ def smallest() -> Recipe:
     loops = {field.name: getattr(recipe, field.name) for field in fields(recipe)}
     loops = {name: loop for name, loop in loops.items() if isinstance(loop, LoopConfig)}
     shorter = {name: replace(loop, steps=2, batch_size=8, decay_steps=1) for name, loop in loops.items()}
-    adapters = replace(recipe.adapters, steps=2, batch_size=8)
-    return replace(recipe, **shorter, adapters=adapters)
+    adapters, backgrounds = (replace(each, steps=2, batch_size=8) for each in recipe.rounds)
+    return replace(recipe, **shorter, adapters=adapters, backgrounds=backgrounds)
 
 
 @pytest.mark.full

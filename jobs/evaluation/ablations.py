@@ -48,8 +48,12 @@ class Ablations(Protocol):
     """Where rows are trained: rendered pairs, checkpoints, weights. All machines must see it."""
     pictures: int = RECIPES["gpu"].adapter_pictures
     """Rendered text-image pairs they learn from."""
-    training: cli.Flat[AdapterTrainingConfig] = replace(RECIPES["gpu"].adapters, steps=1500)
-    """The miniature's own training, shorter; the same for all rows."""
+    training: cli.Flat[AdapterTrainingConfig] = replace(
+        RECIPES["gpu"].adapters,
+        steps=1500,
+        replaced_backgrounds=RECIPES["gpu"].backgrounds.replaced_backgrounds,
+    )
+    """The miniature's own training, shorter and in one round; the same for all rows."""
     tuned_rate: float = 0.1
     """Learning rate of a tuned image encoder or U-Net, as a multiple of the others'."""
 

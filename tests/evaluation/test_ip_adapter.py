@@ -24,7 +24,6 @@ from instantbooth.evaluation.methods.interface import Reference, Sampling
 from instantbooth.evaluation.methods.ip_adapter import IPAdapter, IPAdapterConfig
 from instantbooth.images import subject_square
 from instantbooth.miniature.ip_adapter import train_ip_adapter
-from instantbooth.miniature.pairs import Pairs
 from instantbooth.miniature.recipe import RECIPES
 from instantbooth.miniature.world import Scene
 from instantbooth.model.base import BaseModel
@@ -170,11 +169,11 @@ def test_it_is_trained_as_instantbooth_is_and_what_is_there_is_of_the_same(tmp_p
     job = IPAdapterJob(output=tmp_path, recipe=RECIPES["gpu"])
     planned = plan(job, miniature_folder(), "plus")
     shares = {"text_dropout": 0.05, "image_dropout": 0.05, "both_dropout": 0.05}
-    assert planned["training"] == asdict(RECIPES["gpu"].adapters) | shares
+    assert planned["rounds"] == [asdict(each) | shares for each in RECIPES["gpu"].rounds]
     (tmp_path / "plus").mkdir()
     (tmp_path / "plus" / RECORD).write_text(json.dumps(planned | {"loss": 0.1}))
     check_record(tmp_path / "plus" / RECORD, planned)
-    with pytest.raises(ParameterError, match=r"with training .*; repeat its options, or name another --output"):
+    with pytest.raises(ParameterError, match=r"with rounds .*; repeat its options, or name another --output"):
         run(replace(job, recipe=replace(job.recipe, adapters=AdapterTrainingConfig())))
     changed = planned[MODELS] | {"unet": "another"}
     with pytest.raises(ParameterError, match="with models"):
@@ -208,9 +207,10 @@ def train_miniature(folder: Path, steps: int) -> tuple[int, str]:
     models = miniature_folder()
     base = BaseModel.load(str(models / "base"), device=CPU, dtype=torch.float32)
     encoder = ImageEncoder(models / "clip", patch_layer=weights.PLUS_LAYER, device=CPU, dtype=torch.float32)
-    pairs = Pairs(corpus, torch.randn(4, 8, 16, 16, generator=torch.Generator().manual_seed(0)))
-    config = AdapterTrainingConfig(steps=steps, batch_size=2)
-    trained, losses = train_ip_adapter("global", base, encoder, pairs, config, folder=folder)
+    latents = torch.randn(4, 8, 16, 16, generator=torch.Generator().manual_seed(0))
+    first = AdapterTrainingConfig(steps=steps, batch_size=2)
+    rounds = (first, replace(first, steps=1, replaced_backgrounds=1.0))
+    trained, losses = train_ip_adapter("global", base, encoder, corpus, latents, rounds, folder=folder)
     return len(losses), tensors_digest(trained.state()["ip_adapter"])
 
 
@@ -218,6 +218,6 @@ def test_a_training_that_is_started_again_ends_with_the_same_weights(
     tmp_path: Path, elsewhere: ProcessPoolExecutor
 ) -> None:
     in_peace = elsewhere.submit(train_miniature, tmp_path / "in peace", 4).result()
-    assert in_peace[0] == 4
+    assert in_peace[0] == 5
     assert elsewhere.submit(train_miniature, tmp_path / "shorter", 2).result()[1] != in_peace[1]
     assert elsewhere.submit(train_miniature, tmp_path / "in peace", 4).result() == in_peace

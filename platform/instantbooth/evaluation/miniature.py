@@ -32,11 +32,11 @@ BARS = {
 }
 """Figures a shipped miniature must reach."""
 SCALES: dict[str, Sequence[float]] = {
-    "guidance_scale": (1.5, 3.0),
     "adapter_scale": (0.8, 1.2, 1.4),
     "concept_scale": (0.8, 1.2),
 }
-"""Sampling parameters that are chosen on validation identities, in this order, and the values tried."""
+"""The method's sampling parameters, chosen on validation identities in this order, and the values tried. Guidance is
+not among them: it is the base's, and the same for all methods that are compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +133,6 @@ class Examination:
         self,
         concepts: list[Concept],
         *,
-        guidance_scale: float | None = None,
         adapter_scale: float | None = None,
         concept_scale: float | None = None,
     ) -> list[Image.Image]:
@@ -141,7 +140,6 @@ class Examination:
         return self.booth.generate(
             self.prompts,
             [concepts[owner] for owner in self.owners.tolist()],
-            guidance_scale=guidance_scale,
             adapter_scale=adapter_scale,
             concept_scale=concept_scale,
             seed=list(range(len(self.prompts))),

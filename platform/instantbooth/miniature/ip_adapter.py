@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from torch import Generator, Tensor
 
 from instantbooth.evaluation.ip_adapter.training import IPAdapterObjective
+from instantbooth.miniature.corpus import Corpus
 from instantbooth.miniature.pairs import Pairs, loop_of
 from instantbooth.model.base import BaseModel
 from instantbooth.model.encoders import ImageEncoder
@@ -29,16 +31,29 @@ def train_ip_adapter(
     variant: str,
     base: BaseModel,
     image_encoder: ImageEncoder,
-    pairs: Pairs,
-    config: AdapterTrainingConfig,
+    corpus: Corpus,
+    latents: Tensor,
+    rounds: Sequence[AdapterTrainingConfig],
     *,
     folder: Path,
 ) -> tuple[IPAdapterObjective, list[float]]:
-    """Trains, or resumes from `folder`; the adapter is built into the base's U-Net.
+    """Trains round after round, or resumes from `folder`; the adapter is built into the base's U-Net.
 
-    Returns the objective, which holds the averaged weights, and the loss of every step.
+    `latents` [N, C, h, w] are the corpus's, scaled. Returns the objective, which holds the averaged weights, and the
+    loss of every step.
     """
-    objective = IPAdapterObjective(base, image_encoder, variant, config)
+    objective = IPAdapterObjective(base, image_encoder, variant, rounds[0])
+    losses = []
+    for number, config in enumerate(rounds, start=1):
+        objective.config = config
+        pairs = Pairs(corpus, latents, replaced_backgrounds=config.replaced_backgrounds)
+        losses += _train_round(f"ip-adapter-{variant}-{number}", objective, pairs, folder=folder)
+    objective.trained.requires_grad_(False)
+    return objective, losses
+
+
+def _train_round(name: str, objective: IPAdapterObjective, pairs: Pairs, *, folder: Path) -> list[float]:
+    base, config = objective.base, objective.config
     ids = [tokenize(base.tokenizer, caption) for caption in pairs.corpus.captions]
 
     def draw_batch(examples: int, generator: Generator) -> tuple[dict[str, Tensor], Draws]:
@@ -50,7 +65,4 @@ def train_ip_adapter(
         value: Tensor = objective(*drawn)
         return value
 
-    name = f"ip-adapter-{variant}"
-    losses = train(name, objective, draw_batch, loss, loop_of(config), folder=folder, device=base.device)
-    objective.trained.requires_grad_(False)
-    return objective, losses
+    return train(name, objective, draw_batch, loss, loop_of(config), folder=folder, device=base.device)

@@ -1,6 +1,6 @@
 """The miniature world from nothing: every model in it, stage by stage, each checkpointed and resumed.
 
-corpora → vae → segmenter, clip, judges → diffusion → refinement → adapters → decoder → scales
+corpora → vae → segmenter, clip, judges → diffusion → refinement → adapters → backgrounds → decoder → scales
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ RECORD = "RECORD.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How much of everything. The defaults are four hours' work for two cores."""
+    """How much of everything. The defaults are 4.5 hours' work for two cores."""
 
     pretraining_pictures: int = 16_000
     """Text-image pairs, each of an identity of its own, for all models but the judges."""
@@ -91,12 +91,27 @@ class Recipe:
     adapters: AdapterTrainingConfig = AdapterTrainingConfig(
         steps=6000, adapter_learning_rate=1.2e-3, encoder_learning_rate=1.2e-3, background_weight=0.25
     )
+    backgrounds: AdapterTrainingConfig = AdapterTrainingConfig(
+        steps=1500,
+        adapter_learning_rate=8e-4,
+        encoder_learning_rate=8e-4,
+        replaced_backgrounds=0.5,
+        background_weight=0.25,
+        seed=1,
+    )
+    """The adapters again, from their averaged weights, with references that are not all masked. Trained so from the
+    beginning, they identify fewer subjects."""
     defaults: GenerationDefaults = GenerationDefaults(
         adapter_scale=1.0, concept_scale=1.0, guidance_scale=2.0, num_inference_steps=25
     )
-    """Sampling parameters; α, β and guidance are chosen on validation identities at the end, starting at these."""
+    """Sampling parameters; α and β are chosen on validation identities at the end, starting at these."""
     validation_subjects: int = 50
     """Identities, with four prompts each, on which the scales are chosen."""
+
+    @property
+    def rounds(self) -> tuple[AdapterTrainingConfig, ...]:
+        """All that the adapters are trained by, in order."""
+        return self.adapters, self.backgrounds
 
 
 GPU = Recipe(
@@ -324,11 +339,17 @@ def _build_adapters(shop: Workshop) -> dict[str, float]:
         defaults=shop.recipe.defaults,
         device=shop.device,
     )
+    return _train_booth(shop, booth, "adapters", shop.recipe.adapters)
+
+
+def _refine_adapters(shop: Workshop) -> dict[str, float]:
+    return _train_booth(shop, _trained_booth(shop), "backgrounds", shop.recipe.backgrounds)
+
+
+def _train_booth(shop: Workshop, booth: Personalizer, stage: str, config: AdapterTrainingConfig) -> dict[str, float]:
     corpus = shop.adapter_corpus()
-    config = shop.recipe.adapters
-    objective = AdapterObjective(booth, config)
     pairs = Pairs(corpus, shop.latents(corpus), replaced_backgrounds=config.replaced_backgrounds)
-    losses = train_adapters(objective, pairs, folder=shop.checkpoints)
+    losses = train_adapters(AdapterObjective(booth, config), pairs, name=stage, folder=shop.checkpoints)
     booth.save_weights(shop.models / "adapters")
     return {"loss": last_loss(losses)}
 
@@ -357,10 +378,7 @@ def _choose_scales(shop: Workshop) -> dict[str, float]:
     exam = Examination(booth, shop.models / "judges", draw_subjects("validation", shop.recipe.validation_subjects))
     chosen = choose_scales(exam, report=lambda row: print(json.dumps(row)))
     booth.defaults = replace(
-        booth.defaults,
-        guidance_scale=chosen["guidance_scale"],
-        adapter_scale=chosen["adapter_scale"],
-        concept_scale=chosen["concept_scale"],
+        booth.defaults, adapter_scale=chosen["adapter_scale"], concept_scale=chosen["concept_scale"]
     )
     booth.save_weights(shop.models / "adapters")
     return chosen
@@ -374,6 +392,7 @@ STAGES: dict[str, Stage] = {
     "diffusion": _build_diffusion,
     "refinement": _refine_diffusion,
     "adapters": _build_adapters,
+    "backgrounds": _refine_adapters,
     "decoder": _refine_decoder,
     "scales": _choose_scales,
 }
@@ -382,8 +401,9 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "diffusion": ("vae",),
     "refinement": ("diffusion",),
     "adapters": ("clip", "refinement"),
+    "backgrounds": ("adapters",),
     "decoder": ("vae",),
-    "scales": ("judges", "adapters", "decoder"),
+    "scales": ("judges", "backgrounds", "decoder"),
 }
 """The stages whose results a stage starts from; the others start from renders alone."""
 
@@ -396,6 +416,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "diffusion": ("diffusion",),
     "refinement": ("later_pictures", "refinement"),
     "adapters": ("adapter_pictures", "adapters"),
+    "backgrounds": ("backgrounds",),
     "decoder": ("decoder",),
     "scales": ("defaults", "validation_subjects"),
 }
@@ -406,12 +427,14 @@ def train_adapters(
     objective: AdapterObjective,
     pairs: Pairs,
     *,
+    name: str = "adapters",
     folder: Path,
     multiples: Mapping[nn.Parameter, float] | None = None,
 ) -> list[float]:
     """The method's training on one machine, from rendered pairs; leaves the averaged weights.
 
-    `multiples` are of the learning rate, for parameters with another one. Returns the loss of every step.
+    `multiples` are of the learning rate, for parameters with another one; `name` is its checkpoint's in `folder`.
+    Returns the loss of every step.
     """
     booth, config, corpus = objective.booth, objective.config, pairs.corpus
     captions = zip(corpus.captions, corpus.nouns, strict=True)
@@ -435,7 +458,7 @@ def train_adapters(
         return value
 
     losses = train(
-        "adapters",
+        name,
         objective,
         draw_batch,
         loss,
