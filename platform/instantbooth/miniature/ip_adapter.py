@@ -43,22 +43,22 @@ def train_ip_adapter(
     loss of every step.
     """
     objective = IPAdapterObjective(base, image_encoder, variant, rounds[0])
+    ids = torch.tensor([tokenize(base.tokenizer, caption) for caption in corpus.captions])
     losses = []
     for number, config in enumerate(rounds, start=1):
         objective.config = config
         pairs = Pairs(corpus, latents, replaced_backgrounds=config.replaced_backgrounds)
-        losses += _train_round(f"ip-adapter-{variant}-{number}", objective, pairs, folder=folder)
+        losses += _train_round(f"ip-adapter-{variant}-{number}", objective, pairs, ids, folder=folder)
     objective.trained.requires_grad_(False)
     return objective, losses
 
 
-def _train_round(name: str, objective: IPAdapterObjective, pairs: Pairs, *, folder: Path) -> list[float]:
+def _train_round(name: str, objective: IPAdapterObjective, pairs: Pairs, ids: Tensor, *, folder: Path) -> list[float]:
     base, config = objective.base, objective.config
-    ids = [tokenize(base.tokenizer, caption) for caption in pairs.corpus.captions]
 
     def draw_batch(examples: int, generator: Generator) -> tuple[dict[str, Tensor], Draws]:
         rows, batch = pairs.draw(examples, generator)
-        batch |= {"input_ids": torch.tensor([ids[row] for row in rows])}
+        batch |= {"input_ids": ids[rows]}
         return batch, draw(base, config, examples, generator)
 
     def loss(drawn: tuple[dict[str, Tensor], Draws]) -> Tensor:
