@@ -118,9 +118,9 @@ class Protocol:
     """Real photographs, and Stable Diffusion, in the miniature's place."""
     weights: Path | None = None
     """Other trained weights of InstantBooth: a folder, or registered ones such as models:/instantbooth@champion."""
-    ip_adapter: Path = Path("out/ip_adapter")
+    ip_adapter: Path | None = None
     """Where `jobs.train_ip_adapter` left IP-Adapter's weights, or its authors' are: global/ and plus/, in each of them
-    ip_adapter.safetensors."""
+    ip_adapter.safetensors. The shipped ones, of the shipped miniature, if not given."""
     ip_adapter_image_encoder: str | None = None
     """The CLIP that these were trained with, folder or hub name; the other methods' if none is given. The authors' own
     for Stable Diffusion 1.x read laion/CLIP-ViT-H-14-laion2B-s32B-b79K."""
@@ -170,7 +170,7 @@ class Protocol:
         """What methods are built of. Raises ParameterError and WeightsError."""
         return Parts(
             models=self.preset,
-            ip_adapter=self.ip_adapter.absolute(),
+            ip_adapter=(self.ip_adapter or miniature_folder() / "ip_adapter").absolute(),
             ip_adapter_image_encoder=self.ip_adapter_image_encoder or self.preset.image_encoder,
             sampling=self._sampling(),
             settings=self._read_settings(STABLE_DIFFUSION if self.real else Settings()),

@@ -180,6 +180,15 @@ def test_it_is_trained_as_instantbooth_is_and_what_is_there_is_of_the_same(tmp_p
         check_record(tmp_path / "plus" / RECORD, planned | {MODELS: changed})
 
 
+@pytest.mark.parametrize("variant", ["global"])
+def test_the_shipped_weights_are_of_the_shipped_miniature_and_of_its_recipe(variant: str) -> None:
+    models, job = miniature_folder(), IPAdapterJob()
+    shipped = models / "ip_adapter" / variant
+    check_origin(shipped / weights.FILE, models / "base", models / "clip")
+    check_record(shipped / RECORD, plan(job, models, variant))
+    assert json.loads((shipped / RECORD).read_text())["steps"] == sum(each.steps for each in job.recipe.rounds)
+
+
 def test_what_is_trained_already_is_shipped_in_half_precision(tmp_path: Path, tiny: Path) -> None:
     trained, shipped = tmp_path / "trained", tmp_path / "shipped"
     state = objective(tiny, "plus").state()
