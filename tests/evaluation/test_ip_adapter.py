@@ -180,7 +180,7 @@ def test_it_is_trained_as_instantbooth_is_and_what_is_there_is_of_the_same(tmp_p
         check_record(tmp_path / "plus" / RECORD, planned | {MODELS: changed})
 
 
-@pytest.mark.parametrize("variant", ["global"])
+@pytest.mark.parametrize("variant", weights.VARIANTS)
 def test_the_shipped_weights_are_of_the_shipped_miniature_and_of_its_recipe(variant: str) -> None:
     models, job = miniature_folder(), IPAdapterJob()
     shipped = models / "ip_adapter" / variant
