@@ -37,7 +37,7 @@ class Frontier(Protocol):
     """β."""
     concept_scales: tuple[float, ...] = (0.4, 0.8, 1.2)
     """α."""
-    ip_adapter_scales: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2)
+    ip_adapter_scales: tuple[float, ...] = (0.4, 0.8, 1.2, 1.6, 2.0, 2.4, 3.0)
     """Strengths of the image tokens, for both variants."""
     points: tuple[str, ...] = ("textual-inversion", "dreambooth", "dreambooth-lora", "instantbooth-masked")
     """Methods shown as they are in table 1, beside `method` itself."""

@@ -34,8 +34,8 @@ class Grid:
     dreambooth_steps: tuple[int, ...] = (200, 600)
     dreambooth_lora_learning_rate: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     dreambooth_lora_steps: tuple[int, ...] = (200, 600)
-    ip_adapter_scale: tuple[float, ...] = (0.4, 0.6, 0.8, 1.0, 1.2)
-    ip_adapter_plus_scale: tuple[float, ...] = (0.4, 0.6, 0.8, 1.0, 1.2)
+    ip_adapter_scale: tuple[float, ...] = (0.4, 0.8, 1.2, 1.6, 2.0, 2.4, 3.0)
+    ip_adapter_plus_scale: tuple[float, ...] = (0.4, 0.8, 1.2, 1.6, 2.0, 2.4, 3.0, 4.0)
 
     def of(self, method: str) -> dict[str, tuple[float, ...]]:
         """Field of the method's settings → values to try. ParameterError for a method without any."""
