@@ -32,7 +32,7 @@ from instantbooth.evaluation.photographs import Dataset, Split, list_dreambench,
 from instantbooth.model.base import locate
 from instantbooth.model.weights import CONFIG_FILE
 from instantbooth.parameters import SAMPLERS, check_range
-from instantbooth.presets import ModelPreset, miniature_folder, miniature_preset, weights_folder
+from instantbooth.presets import ModelPreset, miniature_folder, miniature_preset, peers_folder, weights_folder
 from instantbooth.prompts import class_of
 from instantbooth.storage import open_store
 from jobs import cli
@@ -170,7 +170,7 @@ class Protocol:
         """What methods are built of. Raises ParameterError and WeightsError."""
         return Parts(
             models=self.preset,
-            ip_adapter=(self.ip_adapter or miniature_folder() / "ip_adapter").absolute(),
+            ip_adapter=(self.ip_adapter or peers_folder() / "ip_adapter").absolute(),
             ip_adapter_image_encoder=self.ip_adapter_image_encoder or self.preset.image_encoder,
             sampling=self._sampling(),
             settings=self._read_settings(STABLE_DIFFUSION if self.real else Settings()),

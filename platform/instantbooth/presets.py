@@ -33,6 +33,11 @@ def miniature_folder() -> Path:
     return Path(__file__).parent / "miniature" / "weights"
 
 
+def peers_folder() -> Path:
+    """Shipped weights of the methods that the miniature is compared with: ip_adapter/."""
+    return Path(__file__).parent / "miniature" / "peers"
+
+
 def preset(name: str) -> ModelPreset:
     """The preset of that name, or of registered weights. WeightsError with a suggestion for an unknown one."""
     if name.startswith("models:/"):

@@ -30,7 +30,7 @@ from instantbooth.model.base import BaseModel
 from instantbooth.model.denoise import unit_noise
 from instantbooth.model.encoders import ImageEncoder
 from instantbooth.model.weights import tensors_digest
-from instantbooth.presets import miniature_folder
+from instantbooth.presets import miniature_folder, peers_folder
 from instantbooth.prompts import tokenize
 from instantbooth.training.adapters import AdapterTrainingConfig, Draws, draw
 from jobs.train_ip_adapter import IPAdapterJob, check_record, plan, run
@@ -183,7 +183,7 @@ def test_it_is_trained_as_instantbooth_is_and_what_is_there_is_of_the_same(tmp_p
 @pytest.mark.parametrize("variant", weights.VARIANTS)
 def test_the_shipped_weights_are_of_the_shipped_miniature_and_of_its_recipe(variant: str) -> None:
     models, job = miniature_folder(), IPAdapterJob()
-    shipped = models / "ip_adapter" / variant
+    shipped = peers_folder() / "ip_adapter" / variant
     check_origin(shipped / weights.FILE, models / "base", models / "clip")
     check_record(shipped / RECORD, plan(job, models, variant))
     assert json.loads((shipped / RECORD).read_text())["steps"] == sum(each.steps for each in job.recipe.rounds)
