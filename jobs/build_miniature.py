@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from instantbooth.miniature.recipe import Recipe, build, check_destination, ship
+from instantbooth.miniature.recipe import Recipe, build
+from instantbooth.miniature.shipping import check_destination, ship
 from instantbooth.model.base import device_of
 from jobs import cli
 from jobs.recipes import RecipeOption

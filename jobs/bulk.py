@@ -8,12 +8,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import IO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from instantbooth.errors import ParameterError
 from instantbooth.storage import absolute_uri
@@ -133,13 +133,12 @@ def _bar() -> Iterator[Tell]:
     """Rows done and failed, pictures a second, and the time that is left; on a terminal only."""
     columns = (TextColumn("personalizing"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[word]}"))
     console = Console(stderr=True)
-    with Progress(
-        *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=not console.is_terminal
-    ) as progress:
+    with Progress(*columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("", total=None, word="starting")
 
         def tell(tally: Tally, outcome: Outcome | None) -> None:
-            word = f"{tally.failed} failed, {tally.images_per_second:.2f} images/s"
+            left = "" if tally.seconds_left is None else f", {timedelta(seconds=round(tally.seconds_left))} left"
+            word = f"{tally.failed} failed, {tally.images_per_second:.2f} images/s{left}"
             progress.update(bar, total=tally.rows, completed=tally.done, word=word)
 
         yield tell

@@ -33,7 +33,7 @@ from instantbooth.tracking import TrackedRun
 from instantbooth.training.adapters import AdapterTrainingConfig
 from jobs import cli
 from jobs.cluster import import_path, ray_cluster
-from jobs.report import Curve, Subject, write_contact_sheet, write_page
+from jobs.demo_page import Curve, Subject, write_contact_sheet, write_page
 from jobs.train import TrainConfig, TrainReport, train
 from pipelines.ingest import IngestConfig, IngestReport, ingest
 from pipelines.model import ModelConfig

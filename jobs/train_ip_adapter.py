@@ -16,13 +16,15 @@ import torch
 
 from instantbooth.errors import ParameterError, did_you_mean
 from instantbooth.evaluation.ip_adapter import weights
-from instantbooth.evaluation.ip_adapter.origin import MODELS, RECORD, trained_for
+from instantbooth.evaluation.ip_adapter.origin import MODELS, trained_for
 from instantbooth.miniature.corpus import Corpus, render_corpus
 from instantbooth.miniature.ip_adapter import train_ip_adapter, training_of
 from instantbooth.miniature.pairs import corpus_latents
-from instantbooth.miniature.recipe import RECIPES, check_destination, ship
-from instantbooth.model.base import BaseModel, device_of
+from instantbooth.miniature.recipe import RECIPES
+from instantbooth.miniature.shipping import check_destination, ship
+from instantbooth.model.base import BaseModel, check_layout, device_of
 from instantbooth.model.encoders import ImageEncoder
+from instantbooth.model.record import RECORD, write_record
 from instantbooth.presets import miniature_folder
 from instantbooth.training.adapters import AdapterTrainingConfig
 from instantbooth.training.loop import last_loss
@@ -62,9 +64,10 @@ class IPAdapterJob:
 def run(job: IPAdapterJob) -> None:
     """Trains what is not trained yet, and prints each variant's record.
 
-    ParameterError where what is there was trained otherwise, or for other models.
+    ParameterError where what is there was trained otherwise, or for other models. BaseModelError where there are none.
     """
-    models = job.models or miniature_folder()
+    models, device = job.models or miniature_folder(), device_of(job.device)
+    check_layout(models / "base")
     cli.make_folder(job.output)
     plans = {variant: plan(job, models, variant) for variant in job.variants}
     for variant, planned in plans.items():
@@ -73,7 +76,7 @@ def run(job: IPAdapterJob) -> None:
     if missing:
         corpus = render_corpus("pretraining", job.recipe.adapter_pictures, 1, job.output / "corpora")
         for variant, planned in missing.items():
-            _train(job, models, corpus, variant, planned)
+            _train(job, models, corpus, variant, planned, device)
     for variant in plans:
         trained = job.output / variant
         print(f"{variant}: {(trained / RECORD).read_text()}")
@@ -106,9 +109,10 @@ def check_record(path: Path, planned: dict[str, Any]) -> None:
             )
 
 
-def _train(job: IPAdapterJob, models: Path, corpus: Corpus, variant: str, planned: dict[str, Any]) -> None:
+def _train(
+    job: IPAdapterJob, models: Path, corpus: Corpus, variant: str, planned: dict[str, Any], device: torch.device
+) -> None:
     """Trains a variant, or goes on from its checkpoint; its record is written last."""
-    device = device_of(job.device)
     base = BaseModel.load(str(models / "base"), device=device, dtype=torch.float32)
     encoder = ImageEncoder(models / "clip", patch_layer=weights.PLUS_LAYER, device=device, dtype=torch.float32)
     latents = corpus_latents(corpus, base.vae, job.output / "corpora")
@@ -124,7 +128,7 @@ def _train(job: IPAdapterJob, models: Path, corpus: Corpus, variant: str, planne
     }
     folder = job.output / variant
     weights.save(objective.state(), folder / weights.FILE)
-    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    write_record(folder, record)
 
 
 if __name__ == "__main__":

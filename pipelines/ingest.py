@@ -32,7 +32,7 @@ from transformers import CLIPTokenizer
 
 from instantbooth.errors import MissingObjectError, ParameterError, StorageError
 from instantbooth.ledger import digest_of
-from instantbooth.model.base import check_layout, load_tokenizer, locate
+from instantbooth.model.base import anywhere, check_layout, load_tokenizer, locate
 from instantbooth.model.weights import folder_digest
 from instantbooth.presets import preset
 from instantbooth.prompts import PLACEHOLDER_TOKEN
@@ -188,7 +188,7 @@ def curated(
     if config.segmenter:
         slices = slices.map(
             SubjectFinder,
-            fn_constructor_args=(_everywhere(config.segmenter),),
+            fn_constructor_args=(anywhere(config.segmenter),),
             fn_constructor_kwargs={"rules": config.rules, **_placed(config)},
             compute=ray.data.ActorPoolStrategy(size=config.actors),
             num_gpus=config.gpus_per_actor,
@@ -232,17 +232,6 @@ def read_manifest(dataset: str) -> dict[str, Any]:
             "folder, or remove it and ingest again"
         ) from error
     return manifest
-
-
-def read_report(dataset: str) -> IngestReport:
-    """The report of an ingestion's output folder. Raises StorageError where there is none."""
-    advice = "point to the output of an ingestion that finished"
-    try:
-        return IngestReport(**json.loads(open_store(dataset).get(REPORT)))
-    except MissingObjectError as error:
-        raise StorageError(f"there is no {REPORT} in {dataset}; {advice}") from error
-    except (ValueError, TypeError) as error:
-        raise StorageError(f"{REPORT} in {dataset} is no ingestion's ({error}); {advice}") from error
 
 
 def _read(
@@ -321,7 +310,7 @@ def _rules_digest(config: IngestConfig, base: Path | None) -> str:
 def _base(config: IngestConfig) -> str:
     """The base's folder, or its name on the hub: what every machine can find. WeightsError for an unknown preset."""
     named = Path(config.base).is_dir() or "/" in config.base
-    return _everywhere(config.base if named else preset(config.base).base)
+    return anywhere(config.base if named else preset(config.base).base)
 
 
 def _base_folder(config: IngestConfig) -> Path | None:
@@ -333,11 +322,6 @@ def _base_folder(config: IngestConfig) -> Path | None:
     folder = locate(_base(config))
     check_layout(folder)
     return folder
-
-
-def _everywhere(name_or_path: str) -> str:
-    """What names a model whatever folder a worker runs in."""
-    return str(Path(name_or_path).absolute()) if Path(name_or_path).is_dir() else name_or_path
 
 
 def _placed(config: IngestConfig) -> dict[str, Any]:

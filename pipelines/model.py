@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 from instantbooth import Personalizer
-from instantbooth.model.base import check_layout, local_folder
+from instantbooth.model.base import anywhere, check_layout, local_folder
 from instantbooth.model.loading import DTYPES, Precision
 from instantbooth.model.subjects import SubjectEncoder
 from instantbooth.model.weights import CONFIG_FILE, read_tensors, tensors_digest, trained_parts
@@ -40,8 +39,8 @@ class ModelConfig:
     def absolute(self) -> ModelConfig:
         """The same from any working directory. What is no folder here is a preset's name, a hub's or a registry's."""
         named = {name: getattr(self, name) for name in ("base", "image_encoder", "segmenter", "weights")}
-        folders = {name: str(Path(part).absolute()) for name, part in named.items() if part and Path(part).is_dir()}
-        return replace(self, tracking_uri=absolute_tracking_uri(self.tracking_uri), **folders)
+        placed = {name: anywhere(part) for name, part in named.items() if part}
+        return replace(self, tracking_uri=absolute_tracking_uri(self.tracking_uri), **placed)
 
     def pinned(self) -> ModelConfig:
         """The same with the versions that aliases name now: who loads it later gets those. Raises WeightsError."""

@@ -21,7 +21,7 @@ from PIL import Image
 
 from instantbooth import Concept
 from instantbooth.errors import ConceptError, InstantBoothError, MissingObjectError, StorageError, WeightsError
-from instantbooth.images import decode_reference
+from instantbooth.images import ImageLimits, decode_reference
 from instantbooth.ledger import Ledger
 from instantbooth.manifest import ManifestRow
 from instantbooth.storage import ObjectStore, absolute_uri, open_store, patiently, read_uri
@@ -29,7 +29,7 @@ from pipelines.failures import Failure, judged, lacks_device_memory
 from pipelines.model import ModelConfig
 from pipelines.plan import ModelIdentity, Piece, Task, concept_key, pieces, unpacked
 
-MAX_FILE_BYTES = 20_000_000
+MAX_FILE_BYTES = ImageLimits.max_bytes
 READERS = 8
 """Rows whose references a task fetches at once."""
 RECENT = 32

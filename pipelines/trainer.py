@@ -37,6 +37,7 @@ from instantbooth.errors import InstantBoothError, ParameterError, StorageError,
 from instantbooth.evaluation.miniature import judges_of
 from instantbooth.images import Augmentation, encode_png
 from instantbooth.ledger import digest_of
+from instantbooth.machine import machine
 from instantbooth.model.base import PARTS, locate
 from instantbooth.model.weights import folder_digest
 from instantbooth.presets import model_parts
@@ -462,9 +463,7 @@ class Worker:
 
 def machine_of(device: torch.device) -> str:
     """What a worker computes on: its GPU's name, or its node's and processor's."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.node()}, {platform.processor() or platform.machine()}"
+    return machine(device) if device.type == "cuda" else f"{platform.node()}, {machine(device)}"
 
 
 def shaped(batch: dict[str, Tensor], booth: Personalizer) -> dict[str, Tensor]:

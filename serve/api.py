@@ -23,6 +23,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from instantbooth.images import ImageLimits
 from instantbooth.parameters import MAX_REFERENCES, RANGES, SAMPLERS
 from instantbooth.prompts import CLASS_NOUNS
 from instantbooth.storage import open_store
@@ -549,7 +550,7 @@ def _model(config: ServeConfig, created: int, described: dict[str, Any]) -> Mode
             max_json_bytes=MAX_JSON_BYTES,
             max_image_bytes=config.max_image_bytes,
             max_image_pixels=config.max_image_pixels,
-            min_image_side=16,
+            min_image_side=ImageLimits.min_side,
             max_references=MAX_REFERENCES,
             max_prompt_tokens=described["max_prompt_tokens"],
             max_concept_ttl_s=config.max_concept_ttl_s,

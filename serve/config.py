@@ -7,6 +7,7 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from instantbooth.images import ImageLimits
 from instantbooth.model.loading import Precision
 from instantbooth.presets import tracking_uri
 from serve.schemas import MAX_IMAGES
@@ -26,6 +27,8 @@ class ServeConfig(BaseModel):
     """CLIP folder; the preset's, or the base folder's image_encoder/, if none is given."""
     weights: str | None = None
     """Weights folder, or a registered one such as models:/instantbooth@champion; the preset's if none is given."""
+    segmenter: str | None = None
+    """Segmentation model that finds subjects in photos without masks; the preset's if none is given."""
     precision: Precision = "fp32"
     """In which numbers the model computes. On GPUs bf16 is twice as fast or more. A concept is good in any of them."""
     tracking_uri: str = Field(default_factory=tracking_uri)
@@ -71,9 +74,9 @@ class ServeConfig(BaseModel):
 
     max_body_bytes: int = Field(default=64_000_000, ge=1)
     """Size of a request."""
-    max_image_bytes: int = Field(default=20_000_000, ge=1)
+    max_image_bytes: int = Field(default=ImageLimits.max_bytes, ge=1)
     """Size of one uploaded picture."""
-    max_image_pixels: int = Field(default=50_000_000, ge=1)
+    max_image_pixels: int = Field(default=ImageLimits.max_pixels, ge=1)
     """Width times height of one."""
     image_hosts: list[str] = []
     """Hosts from which image_url may fetch; none unless named."""

@@ -38,6 +38,7 @@ def warm_up(encoder: SubjectEncoder) -> Concept:
 def _parts(config: ServeConfig) -> dict[str, Any]:
     return {
         "image_encoder": config.image_encoder,
+        "segmenter": config.segmenter,
         "weights": config.weights and weights_folder(config.weights, config.tracking_uri),
         "dtype": DTYPES[config.precision],
     }

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from instantbooth import Concept, Personalizer
 from instantbooth.errors import ParameterError
+from instantbooth.machine import machine
 from instantbooth.model.adapter import GatedAdapter, References, adapter_kwargs, attach
 from instantbooth.model.base import device_of
 from instantbooth.model.conditioning import batch_references, concept_keys_values
 from instantbooth.model.loading import DTYPES, Precision
 from jobs import cli
-from jobs.benchmarks.goals import at_most, conclude
-from jobs.benchmarks.timing import machine, measure
+from jobs.benchmarks.timing import measure
+from jobs.goals import at_most, conclude
 
 SD15_TOKENS = (257, 77)
 """Of a reference image, and of a prompt."""

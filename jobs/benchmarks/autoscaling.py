@@ -17,10 +17,10 @@ import requests
 from prometheus_client.parser import text_string_to_metric_families
 
 from instantbooth.errors import ParameterError
+from instantbooth.machine import machine
 from jobs import cli
-from jobs.benchmarks.goals import at_least, conclude
 from jobs.benchmarks.serve import PROMPT, endpoint, new_concept
-from jobs.benchmarks.timing import machine
+from jobs.goals import at_least, conclude
 
 LOAD = (0.1, 0.5)
 """Between these shares of the time the load rises to its peak and falls again."""

@@ -16,6 +16,7 @@ import torch
 from instantbooth import Personalizer
 from instantbooth.engine import EngineConfig
 from instantbooth.errors import ParameterError
+from instantbooth.machine import machine
 from instantbooth.manifest import ManifestRow
 from instantbooth.miniature.samples import write_manifest
 from instantbooth.model.loading import Precision
@@ -24,10 +25,9 @@ from jobs import cli
 from jobs.benchmarks.bulk_rivals import encode, engines_rate, loop_rate, steady_rate
 from jobs.benchmarks.encode_once import PROMPTS, savings, write_comparison
 from jobs.benchmarks.full_size import write_full_size
-from jobs.benchmarks.goals import at_least, conclude
 from jobs.benchmarks.peak import known_peak, share_of_peak, unet_tflop
-from jobs.benchmarks.timing import machine
 from jobs.cluster import MIN_LOGICAL_CPUS, ray_cluster
+from jobs.goals import at_least, conclude
 from pipelines.model import ModelConfig
 from pipelines.personalize import PersonalizeConfig, Pool, load_manifest, personalize
 

@@ -22,6 +22,7 @@ from instantbooth.engine import Engine, EngineConfig
 from instantbooth.engine.concepts import KeysValuesCache
 from instantbooth.engine.knee import knee, measure_steps
 from instantbooth.errors import ParameterError
+from instantbooth.machine import machine
 from jobs import cli
 from jobs.benchmarks.arrivals import Submit, at_once, poisson, replay
 from jobs.benchmarks.delays import delays
@@ -29,9 +30,8 @@ from jobs.benchmarks.engine_peak import ONE_REQUEST, against_one_request, share_
 from jobs.benchmarks.engine_plot import plot
 from jobs.benchmarks.fixed_batches import FixedBatches
 from jobs.benchmarks.full_size import write_full_size
-from jobs.benchmarks.goals import Goal, at_least, at_most, conclude
-from jobs.benchmarks.timing import machine
 from jobs.benchmarks.workload import Workload
+from jobs.goals import Goal, at_least, at_most, conclude
 
 STEP_LEVEL = "step-level"
 REQUEST_LEVEL = "request-level"

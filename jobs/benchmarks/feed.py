@@ -13,12 +13,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from instantbooth.errors import ParameterError
+from instantbooth.machine import machine
 from instantbooth.presets import preset
 from instantbooth.training.adapters import ExamplePreparer, unpacked
 from jobs import cli
-from jobs.benchmarks.goals import at_least, conclude
-from jobs.benchmarks.timing import machine
 from jobs.cluster import ray_cluster
+from jobs.goals import at_least, conclude
 from pipelines.feed import Shards, TrainingFeed, rows_per_task
 
 

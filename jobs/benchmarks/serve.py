@@ -15,10 +15,11 @@ from PIL import Image
 
 from instantbooth import Personalizer
 from instantbooth.engine import Engine, EngineConfig
+from instantbooth.machine import machine
 from jobs import cli
-from jobs.benchmarks.goals import at_most, conclude
-from jobs.benchmarks.timing import machine, measure
+from jobs.benchmarks.timing import measure
 from jobs.cluster import ray_cluster
+from jobs.goals import at_most, conclude
 
 if TYPE_CHECKING:
     from ray.serve.config import AutoscalingConfig

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -25,22 +24,6 @@ def measure(variants: Mapping[str, Callable[[], object]], repeats: int, device: 
             if repeat:
                 seconds[name].append(time.perf_counter() - started)
     return {name: statistics.median(each) for name, each in seconds.items()}
-
-
-def machine(device: str) -> str:
-    """The machine, as every result names it: a CPU by its vector units too, for several kinds share a name."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    count = torch.get_num_threads()
-    return f"{_processor()} ({torch.backends.cpu.get_cpu_capability()}), {count} thread{'s' if count > 1 else ''}"
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _wait(device: torch.device) -> None:

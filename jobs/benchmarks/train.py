@@ -14,6 +14,7 @@ import torch
 
 from instantbooth import Personalizer
 from instantbooth.errors import ParameterError
+from instantbooth.machine import machine
 from instantbooth.model.base import device_of
 from instantbooth.presets import preset
 from instantbooth.storage import open_store
@@ -22,10 +23,9 @@ from instantbooth.training.checkpoints import log_lines
 from instantbooth.training.session import ComputeConfig, TrainingSession
 from jobs import cli
 from jobs.benchmarks.full_size import write_full_size
-from jobs.benchmarks.goals import at_least, conclude
-from jobs.benchmarks.timing import machine
 from jobs.benchmarks.training_step import compare_steps
 from jobs.cluster import ray_cluster
+from jobs.goals import at_least, conclude
 from jobs.train import train as run_training
 from pipelines.feed import MAX_ROWS_PER_TASK, TASKS_AHEAD, Shards, TrainingFeed
 from pipelines.model import ModelConfig

@@ -19,7 +19,7 @@ from instantbooth.evaluation.cases import check_count
 from instantbooth.evaluation.cells import Cell
 from instantbooth.evaluation.figures import COLUMNS, difference
 from instantbooth.miniature.ablations import Trained, train_ablation
-from instantbooth.miniature.corpus import Corpus, render_corpus
+from instantbooth.miniature.corpus import Corpus, render_corpus, renderer_digest
 from instantbooth.miniature.pairs import corpus_latents, loop_of
 from instantbooth.miniature.recipe import RECIPES
 from instantbooth.model.base import BaseModel, device_of, locate
@@ -79,7 +79,7 @@ class Ablations(Protocol):
 
     def where(self, ablation: Ablation) -> Trained:
         """The folder of a row's training, named by all that it depends on."""
-        named = [ablation.training, asdict(self.training), self.pictures, self._models_digest]
+        named = [ablation.training, asdict(self.training), self.pictures, renderer_digest(), self._models_digest]
         if ablation.tuned is not None:
             named.append(self.tuned_rate)
         digest = sha256(json.dumps(named).encode()).hexdigest()[:DIGEST_LENGTH]

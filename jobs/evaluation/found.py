@@ -15,7 +15,7 @@ from jobs.evaluation.goals import PEERS, REFERENCE
 PEERS_MODELS = (*map(field_of, PEERS), "ip_adapter_image_encoder")
 OTHERS_SETTINGS = tuple(f"settings of {field_of(name)}" for name in METHODS if not name.startswith(REFERENCE))
 NOT_OF = {
-    ablations.FILE: ("weights", "segmenter", *PEERS_MODELS, *OTHERS_SETTINGS),
+    ablations.FILE: ("weights", *PEERS_MODELS, *OTHERS_SETTINGS),
     references.FILE: (
         *("identities", "subjects", "references", "gallery", "dropped"),
         *PEERS_MODELS,

@@ -14,12 +14,12 @@ from instantbooth.evaluation.methods.personalizer import InstantBoothConfig
 from instantbooth.evaluation.methods.registry import METHODS
 from instantbooth.storage import open_store
 from jobs import cli
-from jobs.benchmarks.goals import conclude
 from jobs.evaluation.goals import PEERS, goals_at_equal_alignment
 from jobs.evaluation.protocol import Protocol
 from jobs.evaluation.sweep import Entrant
 from jobs.evaluation.table1 import made_by, rows_of
 from jobs.evaluation.tune import entrant_with
+from jobs.goals import conclude
 
 FILE = "frontier.json"
 PLOT = "frontier.svg"

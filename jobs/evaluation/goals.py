@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from instantbooth.evaluation.methods.registry import MASKED, METHODS
-from jobs.benchmarks.goals import Goal, at_least
+from jobs.goals import Goal, at_least
 
 REFERENCE = "instantbooth"
 """Times are also given as multiples of this method's."""

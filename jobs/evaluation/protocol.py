@@ -10,6 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from instantbooth.config import GenerationDefaults, WeightsConfig
 from instantbooth.errors import ParameterError, did_you_mean
 from instantbooth.evaluation.cases import Case, check_count
@@ -28,8 +30,9 @@ from instantbooth.evaluation.methods.registry import (
 )
 from instantbooth.evaluation.metrics import check_wanted
 from instantbooth.evaluation.miniature_cases import draw_asked, draw_cases
-from instantbooth.evaluation.photographs import Dataset, Split, list_dreambench, list_identities
+from instantbooth.evaluation.photographs import Dataset, Split, find_masks, list_dreambench, list_identities
 from instantbooth.model.base import locate
+from instantbooth.model.segmentation import Segmenter
 from instantbooth.model.weights import CONFIG_FILE
 from instantbooth.parameters import SAMPLERS, check_range
 from instantbooth.presets import ModelPreset, miniature_folder, miniature_preset, peers_folder, weights_folder
@@ -43,6 +46,8 @@ GALLERY_REFERENCES = 5
 """Pictures of each of the miniature's subjects that a generated one is compared with."""
 REFERENCES = 5
 DREAMBENCH_REFERENCES = 4
+DREAMBENCH_CLIP = "openai/clip-vit-base-patch32"
+DREAMBENCH_DINO = "facebook/dino-vits16"
 DROPPED_SHOWN = 20
 """Subjects left out that are named on the terminal."""
 
@@ -58,9 +63,10 @@ class Photographs:
     clip: str = "openai/clip-vit-large-patch14"
     """Whole CLIP, folder or hub name: image encoder of the methods, and judge of alignment if no other is named."""
     judge_clip: str | None = None
-    """Another whole CLIP that judges, such as openai/clip-vit-base-patch32 as in DreamBench."""
+    """Another whole CLIP that judges; of DreamBench openai/clip-vit-base-patch32, as it is defined."""
     face: Path | None = None
-    """TorchScript or ONNX file that embeds faces, or whatever else tells the subjects apart."""
+    """TorchScript or ONNX file that embeds faces, or whatever else tells the subjects apart. It is given the middle
+    square of each picture: faces are not searched for."""
     face_size: int = 160
     """Side of the pictures that it reads, in pixels."""
     layout: Literal["identities", "dreambench"] = "identities"
@@ -70,9 +76,10 @@ class Photographs:
     masks: Path | None = None
     """Masks of the identities' pictures, laid out as they are."""
     segmenter: str | None = None
-    """Model that finds masks where none are given."""
+    """Model that finds masks of persons and cats where none are given; all methods that read masks get the same."""
     dino: str | None = None
-    """ViT for DreamBench's DINO figure; without it there is none."""
+    """ViT for DreamBench's DINO figure, without which there is none; of DreamBench itself facebook/dino-vits16. Without
+    --face it tells the subjects apart, too."""
     pictures_per_prompt: int = 4
     """Of DreamBench's prompts."""
 
@@ -92,18 +99,24 @@ class Photographs:
 
     def judges(self) -> Judges:
         """Who judges them. Raises ParameterError and WeightsError."""
-        if self.face is None:
+        dino = None if self.judging_dino is None else VisionTransformer(locate(self.judging_dino))
+        identity = dino if self.face is None else FaceEmbedder(self.face, size=self.face_size)
+        if identity is None:
             raise ParameterError(
-                "photographs need somebody who tells their subjects apart; pass --face, a TorchScript or ONNX file"
+                "photographs need somebody who tells their subjects apart; pass --face, a TorchScript or ONNX file, or "
+                "--dino"
             )
-        face = FaceEmbedder(self.face, size=self.face_size)
-        dino = None if self.dino is None else VisionTransformer(locate(self.dino))
-        return Judges.load(locate(self.judging_clip), face, dino=dino)
+        return Judges.load(locate(self.judging_clip), identity, dino=dino)
 
     @property
     def judging_clip(self) -> str:
         """The CLIP that judges."""
-        return self.judge_clip or self.clip
+        return self.judge_clip or (DREAMBENCH_CLIP if self.layout == "dreambench" else self.clip)
+
+    @property
+    def judging_dino(self) -> str | None:
+        """The ViT that judges, if any."""
+        return self.dino or (DREAMBENCH_DINO if self.layout == "dreambench" else None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,9 +171,7 @@ class Protocol:
     def preset(self) -> ModelPreset:
         """The models."""
         if self.real:
-            chosen = ModelPreset(
-                base=self.photographs.base, image_encoder=self.photographs.clip, segmenter=self.photographs.segmenter
-            )
+            chosen = ModelPreset(base=self.photographs.base, image_encoder=self.photographs.clip)
         else:
             chosen = miniature_preset(self.models or miniature_folder())
         return chosen if self.weights is None else replace(chosen, weights=weights_folder(str(self.weights)))
@@ -257,7 +268,7 @@ class Protocol:
         judges, cases = self.judges, self.cases
         if judges.attributes is not None:
             check_wanted(judges.attributes, [prompt.wanted for case in cases for prompt in case.prompts])
-        check_references(methods, self.parts, cases)
+        check_references(methods, cases)
         # Its pictures are read now: one that cannot be is not to be met after hours.
         _ = self.judged_against
 
@@ -308,7 +319,11 @@ class Protocol:
                 f"{self.photographs.data} has {len(subjects)} usable subjects of its {self.split} split, identities is "
                 f"{self.identities}; pass --identities {len(subjects)}"
             )
-        return [subject.case(self.given) for subject in subjects[: self.identities]]
+        cases = [subject.case(self.given) for subject in subjects[: self.identities]]
+        if self.photographs.segmenter is None or not any(METHODS[name].reads_masks for name in self.contestants):
+            return cases
+        segmenter = Segmenter(locate(self.photographs.segmenter), device=torch.device("cpu"))
+        return [find_masks(case, segmenter) for case in cases]
 
     def _drawn(self, count: int, references: int) -> list[Case]:
         return draw_cases(self.split, count, references=references, prompts_per_kind=self.prompts_per_kind)
@@ -336,7 +351,8 @@ class Protocol:
         found = {"clip": locate(photographs.judging_clip)}
         if photographs.face is not None:
             found["face"] = photographs.face
-        return found if photographs.dino is None else found | {"dino": locate(photographs.dino)}
+        dino = photographs.judging_dino
+        return found if dino is None else found | {"dino": locate(dino)}
 
     @cached_property
     def judged_against(self) -> Gallery:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from hashlib import sha256
 from typing import Any
 
@@ -21,7 +21,18 @@ from jobs.evaluation import ablations, frontier, references
 from jobs.evaluation.found import Found, look, named_rows
 from jobs.evaluation.goals import REFERENCE, goals_of
 from jobs.evaluation.sweep import DIGEST_LENGTH, missing
-from jobs.evaluation.table1 import DRAWN, REPORTED, Judged, Table1, judge_all, machines_in_words, made_by, table_rows
+from jobs.evaluation.table1 import (
+    DRAWN,
+    REPORTED,
+    Judged,
+    Table1,
+    code_in_words,
+    judge_all,
+    machines_in_words,
+    made_by,
+    table_rows,
+    write_table,
+)
 from jobs.tracked import flat
 from pipelines.page import render, thumbnail_uri
 
@@ -40,12 +51,17 @@ class Report(Table1):
     tracking_uri: str = field(default_factory=tracking_uri)
     """MLflow: figures, record and page go to a run there. By default MLFLOW_TRACKING_URI."""
 
+    @property
+    def table(self) -> Table1:
+        """The table's options alone."""
+        return Table1(**{each.name: getattr(self, each.name) for each in fields(Table1)})
+
 
 def report(options: cli.Flat[Report]) -> None:
     """Writes report.html from the cells of table1, and what frontier, references and ablations left beside them.
 
-    What those made with other subjects, models or sampling is left out, and the page says so. ParameterError where
-    table1 is not finished.
+    What those made with other subjects, models or sampling is left out, and the page says so. table1.json is written
+    anew, of what the page shows. ParameterError where table1 is not finished.
     """
     options.check(options.methods)
     entrants = options.entrants
@@ -57,11 +73,13 @@ def report(options: cli.Flat[Report]) -> None:
     made = made_by(options, "report") | {"methods": {each.label: each.digest for each in entrants}}
     run = _run_of(options, made)
     judged = judge_all(options, entrants)
-    rows = table_rows(options, judged)
+    rows, drawn = table_rows(options, judged), options.drawn_row()
+    command = cli.command_line("jobs.evaluate table1", options.table)
+    write_table(options, made_by(options, "table1") | {"command": command}, rows, drawn)
     store = open_store(options.output)
     found = look(store, made)
     plot = drawing(store.get(frontier.PLOT).decode()) if frontier.FILE in found.files else None
-    page = page_of(options, judged, rows, made, found, plot)
+    page = page_of(options, judged, rows, drawn, made, found, plot)
     store.put(PAGE, page.encode())
     print(store.uri(PAGE), *found.left_out, sep="\n")
     _track(run, {"table1": rows} | {file: dict(named_rows(file, each)) for file, each in found.files.items()}, page)
@@ -71,6 +89,7 @@ def page_of(
     options: Report,
     judged: Sequence[Judged],
     rows: Mapping[str, Mapping[str, Any]],
+    drawn: Mapping[str, Any] | None,
     made: Mapping[str, Any],
     found: Found,
     plot: str | None,
@@ -80,13 +99,14 @@ def page_of(
     return render(
         "evaluation.html.j2",
         rows=rows,
-        drawn=options.drawn_row(),
+        drawn=drawn,
         drawn_title=DRAWN,
         columns={column: title for column, title in COLUMNS.items() if column in best},
         reported={name: row for name, row in REPORTED.items() if name in rows},
         reported_columns={column: COLUMNS[column] for column in _reported() if column in best},
         times=TIMES,
         machines=machines_in_words(rows),
+        code=code_in_words(rows),
         goals={**goals_of(rows), **found.files.get(frontier.FILE, {}).get("goals", {})},
         best=best,
         made_by=made,

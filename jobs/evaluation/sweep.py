@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -18,15 +17,15 @@ from instantbooth.errors import ParameterError
 from instantbooth.evaluation.cases import Case
 from instantbooth.evaluation.cells import Cell, Cells, evaluate
 from instantbooth.evaluation.methods.interface import Method
-from instantbooth.evaluation.methods.ip_adapter import IPAdapterConfig
 from instantbooth.evaluation.methods.registry import METHODS, Parts
+from instantbooth.machine import machine
 from instantbooth.model import weights
-from instantbooth.model.base import locate
+from instantbooth.model.base import anywhere
 from instantbooth.storage import absolute_uri, open_store
 from jobs import cli
-from jobs.benchmarks.timing import machine
 from jobs.cluster import ray_cluster
 from jobs.evaluation.protocol import Protocol
+from jobs.tracked import revision
 
 DIGEST_LENGTH = 12
 folder_digest = lru_cache(weights.folder_digest)
@@ -46,12 +45,7 @@ class Entrant:
     @property
     def digest(self) -> str:
         """Of all that its pictures depend on, but the case."""
-        models, own = self.parts.models, self.parts.settings.of(self.method)
-        folders = [locate(models.base)]
-        if self.method.startswith("instantbooth"):
-            folders += [locate(each) for each in (models.weights, models.image_encoder, models.segmenter) if each]
-        if isinstance(own, IPAdapterConfig):
-            folders += [self.parts.ip_adapter / own.variant, locate(self.parts.ip_adapter_image_encoder)]
+        own, folders = self.parts.settings.of(self.method), METHODS[self.method].folders(self.parts)
         named = [asdict(own), asdict(self.parts.sampling), [folder_digest(folder) for folder in folders]]
         if self.parts.personalizer is not Personalizer:
             named.append(self.parts.personalizer.__name__)
@@ -67,23 +61,28 @@ def sweep(protocol: Protocol, entrants: Sequence[Entrant]) -> dict[str, list[Cel
         with ray_cluster():
             _run(protocol, tasks)
     cases = protocol.cases
-    kept = {each.label: _cells(protocol, each.method, each.digest) for each in entrants}
+    kept = {each.label: _cells(protocol.output, each.method, each.digest) for each in entrants}
     return {label: [cells.read(case) for case in cases] for label, cells in kept.items()}
 
 
 def missing(protocol: Protocol, entrants: Sequence[Entrant]) -> list[tuple[Entrant, int]]:
     """Entrants and the places of the subjects whose cells are not made yet."""
     cases = protocol.cases
-    kept = [(each, _cells(protocol, each.method, each.digest)) for each in entrants]
+    kept = [(each, _cells(protocol.output, each.method, each.digest)) for each in entrants]
     return [(each, number) for each, cells in kept for number, case in enumerate(cases) if not cells.has(case)]
 
 
 def _run(protocol: Protocol, tasks: Sequence[tuple[Entrant, int]]) -> None:
     _check_resources(protocol)
     task = _evaluate.options(num_cpus=protocol.cpus, num_gpus=protocol.gpus)
-    there = _absolute(protocol)
+    share = f"{protocol.gpus:g} GPUs" if protocol.gpus else f"{protocol.cpus:g} logical CPUs"
+    output, code = absolute_uri(protocol.output), revision()
+    cases = {number: ray.put(protocol.cases[number]) for _, number in tasks}
     running = [
-        task.remote(there, each.method, _absolute_parts(each.parts), each.digest, number) for each, number in tasks
+        task.remote(
+            cases[number], each.method, _absolute_parts(each.parts), each.digest, output=output, share=share, code=code
+        )
+        for each, number in tasks
     ]
     done: list[str] = []
     with cli.following("evaluating", len(tasks), lambda: (len(done), done[-1] if done else "")):
@@ -93,15 +92,13 @@ def _run(protocol: Protocol, tasks: Sequence[tuple[Entrant, int]]) -> None:
 
 
 @ray.remote
-def _evaluate(protocol: Protocol, name: str, parts: Parts, digest: str, number: int) -> str:
+def _evaluate(case: Case, name: str, parts: Parts, digest: str, *, output: str, share: str, code: str) -> str:
     """Makes one cell and keeps it."""
     if parts.device == "cpu":
         # Tasks run side by side: more threads than cores starve each other.
         torch.set_num_threads(1)
-    case = _cases(protocol)[number]
-    share = f"{protocol.cpus:g} logical CPUs" if parts.device == "cpu" else f"{protocol.gpus:g} GPUs"
-    cell = evaluate(_method(name, parts), case, machine=f"{machine(parts.device)}, {share} a subject")
-    _cells(protocol, name, digest).write(case, cell)
+    cell = evaluate(_method(name, parts), case, machine=f"{machine(parts.device)}, {share} a subject", code=code)
+    _cells(output, name, digest).write(case, cell)
     return f"{METHODS[name].title}, {case.name}"
 
 
@@ -111,38 +108,15 @@ def _method(name: str, parts: Parts) -> Method[Any]:
     return METHODS[name].build(parts)
 
 
-@lru_cache(maxsize=1)
-def _cases(protocol: Protocol) -> list[Case]:
-    return protocol.cases
-
-
-def _cells(protocol: Protocol, name: str, digest: str) -> Cells:
-    return Cells(store=open_store(protocol.output), method=name, digest=digest)
-
-
-def _absolute(protocol: Protocol) -> Protocol:
-    """The same from any working directory: workers of a submitted job start in folders of their own."""
-    photographs = replace(protocol.photographs, **_places(protocol.photographs, Path))
-    return replace(protocol, output=absolute_uri(protocol.output), photographs=photographs, **_places(protocol, Path))
+def _cells(output: str, name: str, digest: str) -> Cells:
+    return Cells(store=open_store(output), method=name, digest=digest)
 
 
 def _absolute_parts(parts: Parts) -> Parts:
-    """As `_absolute`."""
-    return replace(
-        parts,
-        models=replace(parts.models, **_places(parts.models, str)),
-        ip_adapter_image_encoder=_place(parts.ip_adapter_image_encoder),
-    )
-
-
-def _places(options: Any, kind: type[str | Path]) -> dict[str, Any]:
-    named = {name: value for name, value in vars(options).items() if isinstance(value, kind)}
-    return {name: kind(_place(str(value))) for name, value in named.items()}
-
-
-def _place(name: str) -> str:
-    """What is there as an absolute path; anything else is a name on the hub or in the registry."""
-    return str(Path(name).absolute()) if Path(name).exists() else name
+    """The same from any working directory: workers of a submitted job start in folders of their own."""
+    named = {name: anywhere(value) for name, value in vars(parts.models).items() if isinstance(value, str)}
+    encoder = anywhere(parts.ip_adapter_image_encoder)
+    return replace(parts, models=replace(parts.models, **named), ip_adapter_image_encoder=encoder)
 
 
 def _check_resources(protocol: Protocol) -> None:

@@ -18,10 +18,10 @@ from instantbooth.evaluation.methods.registry import METHODS, field_of
 from instantbooth.model.base import locate
 from instantbooth.storage import open_store
 from jobs import cli
-from jobs.benchmarks.goals import conclude
 from jobs.evaluation.goals import OWN, PEERS, REFERENCE, goals_of
 from jobs.evaluation.protocol import Protocol
 from jobs.evaluation.sweep import DIGEST_LENGTH, Entrant, folder_digest, sweep
+from jobs.goals import conclude
 from jobs.tracked import revision
 
 FILE = "table1.json"
@@ -94,13 +94,20 @@ def table1(options: cli.Flat[Table1]) -> None:
     """
     options.check(options.methods)
     rows = table_rows(options, judge_all(options, options.entrants))
-    goals = goals_of(rows)
     drawn = options.drawn_row()
-    result = {"made_by": made_by(options, "table1"), "rows": rows, "drawn": drawn, "goals": goals, "reported": REPORTED}
+    place = write_table(options, made_by(options, "table1"), rows, drawn)
+    show(rows, drawn)
+    conclude({"table": place}, goals_of(rows))
+
+
+def write_table(
+    options: Table1, made: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]], drawn: Mapping[str, Any] | None
+) -> str:
+    """Writes table1.json; returns its URI."""
+    result = {"made_by": made, "rows": rows, "drawn": drawn, "goals": goals_of(rows), "reported": REPORTED}
     store = open_store(options.output)
     store.put(FILE, (json.dumps(result, indent=2) + "\n").encode())
-    show(rows, drawn)
-    conclude({"table": store.uri(FILE)}, goals)
+    return store.uri(FILE)
 
 
 def rows_of(protocol: Protocol, entrants: Sequence[Entrant]) -> dict[str, dict[str, Any]]:
@@ -123,7 +130,8 @@ def judge_made(protocol: Protocol, entrants: Sequence[Entrant], made: Mapping[st
 
 
 def row_of(judged: Judged) -> dict[str, Any]:
-    """The entrant's method, title, settings and digest, its figures with intervals, and where its times were taken."""
+    """The entrant's method, title, settings and digest, its figures with intervals; where its times were taken, and by
+    which code its cells were made."""
     entrant = judged.entrant
     return {
         "method": entrant.method,
@@ -131,6 +139,7 @@ def row_of(judged: Judged) -> dict[str, Any]:
         "settings": asdict(entrant.parts.settings.of(entrant.method)),
         "digest": entrant.digest,
         "machines": sorted({cell.machine for cell in judged.cells}),
+        "code": sorted({cell.code for cell in judged.cells}),
         **table_row(judged.values),
     }
 
@@ -162,7 +171,8 @@ def table_rows(options: Table1, judged: Sequence[Judged]) -> dict[str, dict[str,
 def made_by(protocol: Protocol, command: str) -> dict[str, Any]:
     """A table's record: command and code, what was evaluated with which models, who judged, how it was sampled."""
     cases, parts, data = protocol.cases, protocol.parts, protocol.photographs.data
-    named = {each: getattr(parts.models, each) for each in ("base", "image_encoder", "weights", "segmenter")}
+    named = {each: getattr(parts.models, each) for each in ("base", "image_encoder", "weights")}
+    named["segmenter"] = protocol.photographs.segmenter
     places = {name: locate(place) for name, place in named.items() if place is not None}
     places |= {field_of(name): parts.ip_adapter / parts.settings.of(name).variant for name in PEERS}
     places["ip_adapter_image_encoder"] = locate(parts.ip_adapter_image_encoder)
@@ -190,16 +200,25 @@ def show(rows: Mapping[str, Mapping[str, Any]], drawn: Mapping[str, Any] | None)
     if drawn is not None:
         table.add_row(DRAWN, *(figure(drawn[column]) for column in columns))
     console().print(table)
-    console().print(machines_in_words(rows), highlight=False, markup=False)
+    for words in (machines_in_words(rows), code_in_words(rows)):
+        console().print(words, highlight=False, markup=False)
 
 
 def machines_in_words(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """Where the times were taken: one machine, or which row's on which."""
-    every = {machine for row in rows.values() for machine in row["machines"]}
+    return _one_or_each(rows, "machines", "Times: {}.", "Times of different machines do not compare: {}.")
+
+
+def code_in_words(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """Which code made the pictures: one revision, or which row's which."""
+    return _one_or_each(rows, "code", "Pictures by revision {}.", "Pictures by different revisions: {}.")
+
+
+def _one_or_each(rows: Mapping[str, Mapping[str, Any]], field: str, one: str, different: str) -> str:
+    every = {value for row in rows.values() for value in row[field]}
     if len(every) == 1:
-        return f"Times: {every.pop()}."
-    found = "; ".join(f"{row['title']} on {' and '.join(row['machines'])}" for row in rows.values())
-    return f"Times of different machines do not compare: {found}."
+        return one.format(every.pop())
+    return different.format("; ".join(f"{row['title']}: {' and '.join(row[field])}" for row in rows.values()))
 
 
 def console() -> Console:

@@ -12,7 +12,7 @@ from typing import Any
 from rich.table import Table
 
 from instantbooth.errors import ParameterError
-from instantbooth.evaluation.methods.registry import Parts, Settings, field_of
+from instantbooth.evaluation.methods.registry import METHODS, Parts, Settings, field_of
 from instantbooth.evaluation.photographs import Split
 from instantbooth.storage import open_store
 from jobs import cli
@@ -36,15 +36,16 @@ class Grid:
     dreambooth_lora_steps: tuple[int, ...] = (200, 600)
     ip_adapter_scale: tuple[float, ...] = (0.4, 0.8, 1.2, 1.6, 2.0, 2.4, 3.0)
     ip_adapter_plus_scale: tuple[float, ...] = (0.4, 0.8, 1.2, 1.6, 2.0, 2.4, 3.0, 4.0)
+    instantbooth_adapter_scale: tuple[float, ...] = (0.6, 1.0, 1.4, 1.8)
+    instantbooth_concept_scale: tuple[float, ...] = (0.4, 0.8, 1.2, 1.6)
+    instantbooth_masked_adapter_scale: tuple[float, ...] = (0.6, 1.0, 1.4, 1.8)
+    instantbooth_masked_concept_scale: tuple[float, ...] = (0.4, 0.8, 1.2, 1.6)
 
     def of(self, method: str) -> dict[str, tuple[float, ...]]:
-        """Field of the method's settings → values to try. ParameterError for a method without any."""
-        stem = method.replace("-", "_")
+        """Field of the method's settings → values to try."""
+        stem = field_of(method)
         known = [each.name for each in fields(Settings().of(method))]
-        found = {name: getattr(self, f"{stem}_{name}") for name in known if hasattr(self, f"{stem}_{name}")}
-        if not found:
-            raise ParameterError(f"there is nothing to tune in {method!r}; name others by --methods")
-        return found
+        return {name: getattr(self, f"{stem}_{name}") for name in known if hasattr(self, f"{stem}_{name}")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,7 @@ class Tune(Protocol):
 
     split: Split = "validation"
     identities: int = 4
-    methods: tuple[str, ...] = ("textual-inversion", "dreambooth", "dreambooth-lora", "ip-adapter", "ip-adapter-plus")
+    methods: tuple[str, ...] = tuple(METHODS)
     """Which are tuned; the others keep their settings."""
     grid: Grid = Grid()
 

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-MAX_FILE_BYTES = 20_000_000
+from instantbooth.images import ImageLimits
+
+MAX_FILE_BYTES = ImageLimits.max_bytes
 """Of one picture or mask."""
 MAX_DETAIL_CHARS = 600
 """Of why a pair is dropped: its caption or name may be of any length."""

@@ -36,7 +36,7 @@ from instantbooth.ledger import digest_of
 from instantbooth.storage import FileStore, S3Store, check_key, check_uri, open_store, open_uri, patiently, read_uri
 from pipelines.curation.lists import Line, csv_lines, json_line, json_lines
 from pipelines.curation.pairs import MAX_FILE_BYTES, Dropped, Pair, Reason, Slice, storable
-from pipelines.curation.tars import tar_samples
+from pipelines.curation.tars import STREAM_BYTES, tar_samples
 
 IMAGE_TYPES = ("jpg", "jpeg", "png", "webp")
 IMAGE_COLUMNS = ("image", *IMAGE_TYPES, "image_bytes", "file_name", "image_file_name", "uri", "image_uri", "url")
@@ -47,7 +47,6 @@ DELIMITERS = {"csv": ",", "tsv": "\t"}
 MAX_SLICE_BYTES = 64_000_000
 FETCHERS = 16
 """Files that one task fetches at a time."""
-STREAM_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from instantbooth.storage import open_store
 def test_a_cell_is_there_when_it_is_whole_and_holds_what_was_made(booth: Personalizer, tmp_path: Path) -> None:
     case = draw_cases("validation", 1, references=1, prompts_per_kind=1)[0]
     method = InstantBooth(booth, Sampling(num_inference_steps=1), masked=True)
-    cell = evaluate(method, case, machine="an abacus")
+    cell = evaluate(method, case, machine="an abacus", code="v1")
     assert len(cell.pictures) == len(case.prompts) == 5
     together = method.generate(method.fit(case.references, case.class_noun), case.texts, case.seeds)
     # The first was sampled alone, for its time: company changes no more than rounding.
@@ -31,7 +31,7 @@ def test_a_cell_is_there_when_it_is_whole_and_holds_what_was_made(booth: Persona
     cells.write(case, cell)
     assert cells.has(case)
     back = cells.read(case)
-    assert (back.seconds, back.machine) == (cell.seconds, "an abacus")
+    assert (back.seconds, back.machine, back.code) == (cell.seconds, "an abacus", "v1")
     assert all(np.array_equal(a, b) for a, b in zip(back.pictures, cell.pictures, strict=True))
     assert not cells.has(replace(case, prompts=case.prompts[:2]))
     assert not replace(cells, digest="abd").has(case)

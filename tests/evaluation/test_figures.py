@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -54,7 +55,7 @@ def drawn(case: Case, *, identity: int, obedient: bool = True) -> Cell:
         wanted = {name: value for name, value in prompt.wanted.items() if name != "subject"}
         scene = replace(Scene(clothing="red"), **wanted) if obedient else Scene(clothing="white", background="moon")
         pictures.append(render(who, scene).image)
-    return Cell(seconds=Seconds(fit=1.0, first=2.0, rest=4.0), pictures=tuple(pictures), machine="an abacus")
+    return Cell(seconds=Seconds(fit=1.0, first=2.0, rest=4.0), pictures=tuple(pictures), machine="an abacus", code="v1")
 
 
 def test_perfect_pictures_have_perfect_figures_and_strangers_are_told_apart(judges: Judges, cases: list[Case]) -> None:
@@ -105,6 +106,20 @@ def test_figures_need_a_gallery_and_judges(judges: Judges, cases: list[Case], tm
         judge(judges, Gallery(judges.identity, cases[:1]), cases, cells)
     with pytest.raises(WeightsError, match="holds no whole CLIP"):
         Judges.load(tmp_path, judges.identity)
+
+
+def test_every_subject_counts_once_however_many_figures_there_are_of_it() -> None:
+    def row(*counts: int) -> dict[str, Any]:
+        return table_row(
+            [
+                Value(column="prompt_accuracy", case=case, kind="style", value=case % 2)
+                for case, count in enumerate(counts)
+                for _ in range(count)
+            ]
+        )
+
+    assert row(1, 20, 3, 7, 9) == row(1, 1, 1, 1, 1)
+    assert row(1, 20, 3, 7, 9)["by_kind"]["style"]["prompt_accuracy"]["mean"] == pytest.approx(0.4)
 
 
 def test_a_difference_is_taken_subject_by_subject() -> None:

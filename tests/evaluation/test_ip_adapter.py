@@ -18,7 +18,7 @@ from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
 from instantbooth.errors import ParameterError, WeightsError
 from instantbooth.evaluation.ip_adapter import weights
-from instantbooth.evaluation.ip_adapter.origin import MODELS, RECORD, check_origin, trained_for
+from instantbooth.evaluation.ip_adapter.origin import MODELS, check_origin, trained_for
 from instantbooth.evaluation.ip_adapter.training import IPAdapterObjective
 from instantbooth.evaluation.methods.interface import Reference, Sampling
 from instantbooth.evaluation.methods.ip_adapter import IPAdapter, IPAdapterConfig
@@ -29,6 +29,7 @@ from instantbooth.miniature.world import Scene
 from instantbooth.model.base import BaseModel
 from instantbooth.model.denoise import unit_noise
 from instantbooth.model.encoders import ImageEncoder
+from instantbooth.model.record import RECORD
 from instantbooth.model.weights import tensors_digest
 from instantbooth.presets import miniature_folder, peers_folder
 from instantbooth.prompts import tokenize

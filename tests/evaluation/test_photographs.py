@@ -153,7 +153,7 @@ def test_pictures_are_compared_with_all_that_are_known_of_a_subject(tiny: Path, 
     judges = Judges.load(tiny / "clip", VisionTransformer(tiny_vit(tmp_path / "dino")))
     judges = replace(judges, dino=judges.identity)
     seconds = Seconds(fit=1.0, first=1.0, rest=1.0)
-    cell = Cell(seconds=seconds, machine="a laptop", pictures=(portrait(9)[0],) * len(cat.prompts))
+    cell = Cell(seconds=seconds, machine="a laptop", code="v1", pictures=(portrait(9)[0],) * len(cat.prompts))
 
     def figures(case: Case) -> dict[str, float]:
         row = table_row(judge(judges, Gallery(judges.identity, [case]), [case], [cell]))
@@ -216,7 +216,7 @@ def test_a_face_embedder_is_any_torchscript_or_onnx_file_of_the_right_shape(tmp_
 
 def test_an_onnx_file_without_its_reader_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(WeightsError, match=r"pip install 'instantbooth\[onnx\]'"):
+    with pytest.raises(WeightsError, match=r"pip install -e '\.\[onnx\]'"):
         FaceEmbedder(Path("face.onnx"))
 
 
@@ -241,6 +241,15 @@ def test_a_judge_whose_files_lack_tensors_would_be_partly_random(kind: str, tiny
         load(folder)
 
 
+def test_dreambench_is_judged_as_it_is_defined_unless_others_are_named() -> None:
+    chosen = Photographs(layout="dreambench")
+    assert (chosen.judging_clip, chosen.judging_dino) == ("openai/clip-vit-base-patch32", "facebook/dino-vits16")
+    named = replace(chosen, judge_clip="some/clip", dino="some/vit")
+    assert (named.judging_clip, named.judging_dino) == ("some/clip", "some/vit")
+    people = replace(chosen, layout="identities")
+    assert (people.judging_clip, people.judging_dino) == (people.clip, None)
+
+
 def test_the_protocol_reads_photographs_and_names_what_is_missing(tiny: Path, tmp_path: Path) -> None:
     for person in ("ada", "eve"):
         write(tmp_path / "photos" / person / "0.jpg", portrait(0)[0])
@@ -263,7 +272,9 @@ def test_the_protocol_reads_photographs_and_names_what_is_missing(tiny: Path, tm
     with pytest.raises(ParameterError, match="needs trained weights"):
         protocol.check(("instantbooth",))
     with pytest.raises(ParameterError, match="pass --face"):
-        replace(protocol, photographs=replace(photographs, face=None)).check(("dreambooth",))
+        replace(protocol, photographs=replace(photographs, face=None, dino=None)).check(("dreambooth",))
+    by_dino = replace(photographs, face=None).judges()
+    assert by_dino.identity is by_dino.dino
     with pytest.raises(ParameterError, match="is no folder"):
         replace(protocol, photographs=replace(photographs, data=tmp_path / "absent")).check(("dreambooth",))
     with pytest.raises(WeightsError, match="holds no ViT"):

@@ -18,6 +18,8 @@ from instantbooth.training.attention import write_out_attention
 
 FULL = "full"
 AGREES = "agrees"
+NO_CHANGE = 0.02
+"""A change of alignment or reconstruction so small is none."""
 
 
 class InjectedBefore(Personalizer):
@@ -115,10 +117,12 @@ def verdict(reported: float, seen: Mapping[str, float]) -> str:
     """Whether a change against the full method goes the paper's way: AGREES, or in a few words how it does not.
 
     `reported` is the paper's change, `seen` has mean, low and high of ours, subject by subject: only a change whose
-    interval leaves out 0 has a direction. Where the paper saw none, ours must have none.
+    interval leaves out 0 has a direction. Where the paper saw none, ours must be surely less than NO_CHANGE.
     """
+    if reported == 0 and max(-seen["low"], seen["high"]) < NO_CHANGE:
+        return AGREES
     if seen["low"] <= 0 <= seen["high"]:
-        return AGREES if reported == 0 else "no clear change"
+        return "no clear change"
     if reported * seen["mean"] > 0:
         return AGREES
     return "higher here" if seen["mean"] > 0 else "lower here"

@@ -1,7 +1,7 @@
 """What is kept of an evaluation: one cell for each method and subject, whole or not there.
 
     cells/<method>/<digest>/<case>/000.png …    the pictures, prompt by prompt
-    cells/<method>/<digest>/<case>/cell.json    written last: the times it took, and on which machine
+    cells/<method>/<digest>/<case>/cell.json    written last: the times it took, on which machine, by which code
 
 The digest names the method's models and settings, and the case's name ends on one of its references and prompts: where
 anything is changed that pictures depend on, other cells are looked for.
@@ -58,9 +58,11 @@ class Cell:
     """One for each prompt."""
     machine: str
     """What made it, by which its times are to be read."""
+    code: str
+    """The revision that made it; the digest does not name it."""
 
 
-def evaluate(method: Method[Any], case: Case, *, machine: str) -> Cell:
+def evaluate(method: Method[Any], case: Case, *, machine: str, code: str) -> Cell:
     """Fits the subject and pictures it by all prompts, on the clock; the class is prepared before that."""
     method.prepare(case.class_noun)
     references, texts, seeds = case.references, case.texts, case.seeds
@@ -72,7 +74,7 @@ def evaluate(method: Method[Any], case: Case, *, machine: str) -> Cell:
     if len(texts) > 1:
         pictures += method.generate(subject, texts[1:], seeds[1:])
     seconds = Seconds(fit=fitted - start, first=first - fitted, rest=_now() - first)
-    return Cell(seconds=seconds, pictures=tuple(pictures), machine=machine)
+    return Cell(seconds=seconds, pictures=tuple(pictures), machine=machine, code=code)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +90,8 @@ class Cells:
         """Keeps a cell. StorageError where it cannot be written."""
         for number, picture in enumerate(cell.pictures):
             self.store.put(self._key(case, f"{number:03d}.png"), encode_png(picture, {"prompt": case.texts[number]}))
-        record = {"seconds": asdict(cell.seconds), "pictures": len(cell.pictures), "machine": cell.machine}
+        made = {"machine": cell.machine, "code": cell.code}
+        record = {"seconds": asdict(cell.seconds), "pictures": len(cell.pictures), **made}
         self.store.put(self._key(case, RECORD), (json.dumps(record, indent=2) + "\n").encode())
 
     def has(self, case: Case) -> bool:
@@ -101,7 +104,8 @@ class Cells:
             record = json.loads(self.store.get(self._key(case, RECORD)))
             data = [self.store.get(self._key(case, f"{n:03d}.png")) for n in range(record["pictures"])]
             pictures = tuple(Image.open(io.BytesIO(each)).convert("RGB") for each in data)
-            return Cell(seconds=Seconds(**record["seconds"]), pictures=pictures, machine=record["machine"])
+            made = {name: record[name] for name in ("machine", "code")}
+            return Cell(seconds=Seconds(**record["seconds"]), pictures=pictures, **made)
         except (OSError, ValueError, KeyError, TypeError) as error:
             place = self.store.uri(self._key(case, RECORD))
             raise StorageError(f"{place} is damaged ({error}); delete its folder and run the same command") from error

@@ -72,7 +72,7 @@ def _onnx_model(path: Path) -> Callable[[Tensor], Tensor]:
         import onnxruntime
     except ImportError as error:
         raise WeightsError(
-            f"{path} is read by onnxruntime, which is not installed; pip install 'instantbooth[onnx]', or name a "
+            f"{path} is read by onnxruntime, which is not installed; pip install -e '.[onnx]', or name a "
             "TorchScript file"
         ) from error
     try:

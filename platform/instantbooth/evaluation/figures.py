@@ -147,21 +147,9 @@ def judge_pictures(
 
 
 def table_row(values: Sequence[Value]) -> dict[str, Any]:
-    """Column → mean and 95 % interval over subjects; `by_kind` holds the means for each kind of prompt."""
-    row: dict[str, Any] = {}
-    for column in dict.fromkeys(each.column for each in values):
-        chosen = [each for each in values if each.column == column]
-        interval = bootstrap_interval([each.value for each in chosen], [each.case for each in chosen])
-        row[column] = asdict(interval)
-    row["by_kind"] = {
-        kind: {
-            column: sum(found) / len(found)
-            for column in COLUMNS
-            if (found := [each.value for each in values if each.kind == kind and each.column == column])
-        }
-        for kind in KINDS
-    }
-    return row
+    """Column → mean over subjects, of each one's mean, with its 95 % interval; `by_kind` has each kind's."""
+    of_kind = {kind: [each for each in values if each.kind == kind] for kind in KINDS}
+    return {**_intervals(values), "by_kind": {kind: _intervals(chosen) for kind, chosen in of_kind.items()}}
 
 
 def ranked(values: Sequence[Value], column: str) -> list[tuple[int, float]]:
@@ -183,9 +171,13 @@ def difference(values: Sequence[Value], others: Sequence[Value]) -> dict[str, An
                 f"{column} was judged for subjects {sorted(mine)} and {sorted(theirs)}; judge the same"
             )
         if mine:
-            differences = [mine[case] - theirs[case] for case in mine]
-            found[column] = asdict(bootstrap_interval(differences, list(mine)))
+            found[column] = asdict(bootstrap_interval([mine[case] - theirs[case] for case in mine]))
     return found
+
+
+def _intervals(values: Sequence[Value]) -> dict[str, dict[str, float]]:
+    columns = dict.fromkeys(each.column for each in values)
+    return {column: asdict(bootstrap_interval(list(_subject_means(values, column).values()))) for column in columns}
 
 
 def _subject_means(values: Sequence[Value], column: str) -> dict[int, float]:

@@ -19,7 +19,7 @@ from instantbooth.evaluation.judges import AttributeJudge
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """A mean and the bounds between which it lies with the stated confidence."""
+    """A mean and the bounds between which it lies, 95 % sure."""
 
     mean: float
     low: float
@@ -123,27 +123,14 @@ def embed_texts(clip: CLIPModel, tokenizer: CLIPTokenizer, texts: Sequence[str])
     return F.normalize(clip.text_projection(pooled).float().cpu(), dim=-1)
 
 
-def bootstrap_interval(
-    values: npt.ArrayLike,
-    identities: npt.ArrayLike,
-    *,
-    confidence: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> Interval:
-    """Mean of `values` [N] with its bootstrap interval over `identities` [N], which are drawn whole.
+def bootstrap_interval(values: npt.ArrayLike, *, resamples: int = 2000, seed: int = 0) -> Interval:
+    """Mean of `values` [N], one of each identity, with its 95 % bootstrap interval over identities.
 
-    Pictures of one identity are not independent of each other: drawing pictures would give too narrow an interval.
-    Raises ParameterError for no values or a value without identity.
+    Pictures of one identity are not independent of each other: give their mean. Raises ParameterError for no values.
     """
-    numbers, owners = np.asarray(values, dtype=np.float64), np.asarray(identities)
-    if numbers.shape != owners.shape or numbers.ndim != 1 or not numbers.size:
-        raise ParameterError(
-            f"values {numbers.shape} and identities {owners.shape} must be equally long rows, not empty"
-        )
-    _, groups = np.unique(owners, return_inverse=True)
-    sums, counts = np.bincount(groups, numbers), np.bincount(groups)
-    drawn = np.random.default_rng(seed).integers(len(sums), size=(resamples, len(sums)))
-    means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    numbers = np.asarray(values, dtype=np.float64)
+    if numbers.ndim != 1 or not numbers.size:
+        raise ParameterError(f"values {numbers.shape} must be one row [N] and not empty; pass one for each identity")
+    drawn = np.random.default_rng(seed).integers(len(numbers), size=(resamples, len(numbers)))
+    low, high = np.quantile(numbers[drawn].mean(axis=1), [0.025, 0.975])
     return Interval(mean=float(numbers.mean()), low=float(low), high=float(high))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Literal
@@ -16,6 +16,7 @@ from instantbooth.errors import ImageError, ParameterError
 from instantbooth.evaluation.cases import Case, Prompt, reconstruction_prompts
 from instantbooth.evaluation.methods.interface import Reference
 from instantbooth.images import check_mask, decode_reference
+from instantbooth.model.segmentation import Segmenter
 from instantbooth.prompts import CLASS_NOUNS, SUBJECT_FIELD
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff")
@@ -83,6 +84,24 @@ class Dataset:
     subjects: list[Listed]
     dropped: dict[str, str]
     """Subject → why it is left out."""
+
+
+def find_masks(case: Case, segmenter: Segmenter) -> Case:
+    """The case with masks for those of its references that have none, if the segmenter knows its class at all.
+
+    ImageError for a reference in which no subject is found.
+    """
+    if not any(case.class_noun in nouns for nouns in CLASS_NOUNS.values()):
+        return case
+    found = [
+        each
+        if each.mask is not None
+        else replace(
+            each, mask=segmenter.mask(each.image.convert("RGB"), case.class_noun, f"{case.name}, reference {number}")
+        )
+        for number, each in enumerate(case.references, start=1)
+    ]
+    return replace(case, references=tuple(found))
 
 
 def list_identities(

@@ -15,10 +15,11 @@ from torch import Tensor
 from instantbooth.evaluation.ablations import Ablation, ablated_objective
 from instantbooth.miniature.corpus import Corpus
 from instantbooth.miniature.pairs import Pairs
-from instantbooth.miniature.recipe import RECORD, Recipe, train_adapters
+from instantbooth.miniature.recipe import Recipe, train_adapters
 from instantbooth.model.adapter import detach
 from instantbooth.model.base import locate
 from instantbooth.model.personalizer import Personalizer
+from instantbooth.model.record import RECORD, write_record
 from instantbooth.presets import ModelPreset
 from instantbooth.training.adapters import AdapterTrainingConfig
 from instantbooth.training.loop import last_loss
@@ -93,9 +94,7 @@ def train_ablation(
         "config": asdict(config),
         "tuned_rate": tuned_rate,
     }
-    partial = trained.folder / f"{RECORD}.partial"
-    partial.write_text(json.dumps(record, indent=2) + "\n")
-    partial.rename(trained.folder / RECORD)
+    write_record(trained.folder, record)
 
 
 def _save_tuned(booth: Personalizer, ablation: Ablation, preset: ModelPreset, folder: Path) -> None:

@@ -91,7 +91,7 @@ def labels_of(attributes: dict[str, str]) -> list[int]:
 
 def render_corpus(split: str, identities: int, pictures_each: int, folder: Path) -> Corpus:
     """Renders `identities` × `pictures_each` pictures on all cores, or reads them from `folder` where they lie."""
-    path = folder / f"{split}-{identities}x{pictures_each}-{_renderer()}.npz"
+    path = folder / f"{split}-{identities}x{pictures_each}-{renderer_digest()}.npz"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         numbers = range(identities)
@@ -124,7 +124,7 @@ def render_corpus(split: str, identities: int, pictures_each: int, folder: Path)
         )
 
 
-def _renderer() -> str:
+def renderer_digest() -> str:
     """Changes with the code that draws."""
     sources = (Path(__file__).with_name(f"{name}.py").read_bytes() for name in RENDERER)
     return sha256(b"".join(sources)).hexdigest()[:8]

@@ -28,7 +28,8 @@ class Pairs:
     ) -> None:
         """`latents` [N, C, h, w] are the corpus's, scaled. Not `masked`, the crops keep their background.
 
-        `replaced_backgrounds` is AdapterTrainingConfig's, and of masked crops alone.
+        `replaced_backgrounds` is AdapterTrainingConfig's: so many are framed more loosely, before another background
+        or, not `masked`, before their own.
         """
         self.masked = masked
         self.replaced_backgrounds = replaced_backgrounds
@@ -49,16 +50,15 @@ class Pairs:
 
     def _crops(self, rows: Tensor, generator: Generator) -> Tensor:
         images, masks = self._images[rows], self._masks[rows]
-        if not self.masked:
-            return subject_crops(to_unit(images), masks, generator)
-        pixels = on_black(images, masks)
+        pixels = on_black(images, masks) if self.masked else to_unit(images)
         if not self.replaced_backgrounds:
             return subject_crops(pixels, masks, generator)
         others = torch.randint(len(self.corpus), (len(rows),), generator=generator)
         replaced = torch.rand(len(rows), generator=generator) < self.replaced_backgrounds
         looseness = torch.rand(len(rows), generator=generator) * replaced
-        placed = on_scenes(images, masks, self._images[others], self._masks[others])
-        pixels = torch.where(replaced[:, None, None, None], placed, pixels)
+        if self.masked:
+            placed = on_scenes(images, masks, self._images[others], self._masks[others])
+            pixels = torch.where(replaced[:, None, None, None], placed, pixels)
         return subject_crops(pixels, masks, generator, looseness=looseness)
 
 

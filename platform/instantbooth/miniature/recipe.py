@@ -6,7 +6,6 @@ corpora → vae → segmenter, clip, judges → diffusion → refinement → ada
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -15,13 +14,13 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from instantbooth.config import GenerationDefaults
 from instantbooth.errors import ParameterError
 from instantbooth.evaluation.miniature import Examination, choose_scales, draw_subjects
+from instantbooth.machine import machine
 from instantbooth.miniature import clip, judging, segmenter
 from instantbooth.miniature.autoencoder import psnr, train_decoder, train_vae
 from instantbooth.miniature.corpus import Corpus, render_corpus
@@ -35,6 +34,7 @@ from instantbooth.miniature.diffusion import (
 from instantbooth.miniature.pairs import Pairs, corpus_latents, loop_of
 from instantbooth.miniature.vocabulary import learn_tokenizer
 from instantbooth.model.personalizer import Personalizer
+from instantbooth.model.record import RECORD, write_record
 from instantbooth.presets import miniature_preset
 from instantbooth.prompts import PLACEHOLDER_TOKEN, SUBJECT_FIELD, expand, insert_field, tokenize_subject
 from instantbooth.training.adapters import AdapterObjective, AdapterTrainingConfig, Draws, draw
@@ -42,7 +42,6 @@ from instantbooth.training.loop import LoopConfig, last_loss, train
 
 BEGUN = "begun"
 """Where the record keeps the stage that is under way, and its seconds so far."""
-RECORD = "RECORD.json"
 """What made the models beside it, stage by stage."""
 
 
@@ -192,31 +191,23 @@ def build(folder: Path, recipe: Recipe, *, device: torch.device) -> dict[str, An
     record: dict[str, Any] = json.loads(record_path.read_text()) if record_path.exists() else {}
     _check_recipe(record, recipe, folder)
     record["made_by"] = {"command": _command(recipe), "recipe": asdict(recipe)}
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     for name, stage in STAGES.items():
         if name not in record:
             for later in (each for each, needed in NEEDS.items() if name in needed):
                 record.pop(later, None)
             before = record.setdefault(BEGUN, {}).setdefault(name, 0.0)
-            _write(record, record_path)
+            write_record(workshop.models, record)
             torch.manual_seed(0)
             started = time.perf_counter()
             try:
                 figures = stage(workshop)
             finally:
                 record[BEGUN][name] = before + time.perf_counter() - started
-                _write(record, record_path)
+                write_record(workshop.models, record)
             seconds = round(record.pop(BEGUN)[name])
-            record[name] = {**figures, "seconds": seconds, "machine": machine, "torch": torch.__version__}
-        _write(record, record_path)
+            record[name] = {**figures, "seconds": seconds, "machine": machine(device), "torch": torch.__version__}
+        write_record(workshop.models, record)
     return record
-
-
-def _write(record: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=2) + "\n")
-    partial.rename(path)
 
 
 def _command(recipe: Recipe) -> str:
@@ -473,36 +464,3 @@ def train_adapters(
 
 def _tokenized(booth: Personalizer, caption: str, noun: str) -> tuple[list[int], int]:
     return tokenize_subject(booth.base.tokenizer, expand(caption, noun))
-
-
-def check_destination(folder: Path) -> None:
-    """Raises ParameterError where shipping would replace anything but what was shipped earlier."""
-    if folder.exists() and not (folder / RECORD).is_file() and (folder.is_file() or any(folder.iterdir())):
-        raise ParameterError(f"{folder} holds something else than shipped models; name an empty or new folder")
-
-
-def ship(models: Path, destination: Path) -> int:
-    """Copies the models with their tensors in float16; returns the bytes shipped.
-
-    What was shipped there earlier is replaced once all is copied. ParameterError where something else is there.
-    """
-    check_destination(destination)
-    partial = destination.with_name(f"{destination.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    for path in sorted(file for file in models.rglob("*") if file.is_file()):
-        target = partial / path.relative_to(models)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".safetensors":
-            halves = {name: t.half() if t.is_floating_point() else t for name, t in load_file(path).items()}
-            save_file(halves, target, metadata={"format": "pt"})
-        elif path.name == "config.json":
-            # diffusers writes down where it read a model from: a path of the machine that trained it.
-            settings = json.loads(path.read_text())
-            settings.pop("_name_or_path", None)
-            target.write_text(json.dumps(settings, indent=2) + "\n")
-        else:
-            shutil.copyfile(path, target)
-    if destination.exists():
-        shutil.rmtree(destination)
-    partial.rename(destination)
-    return sum(file.stat().st_size for file in destination.rglob("*") if file.is_file())

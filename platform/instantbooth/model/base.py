@@ -168,6 +168,11 @@ def local_folder(name_or_path: str) -> Path | None:
     return None
 
 
+def anywhere(name_or_path: str) -> str:
+    """A local folder's absolute path, which workers in folders of their own find, too; any other name as it is."""
+    return str(Path(name_or_path).absolute()) if Path(name_or_path).is_dir() else name_or_path
+
+
 def locate(name_or_path: str, part: str = "") -> Path:
     """A local folder as it is, a hub name as its snapshot. BaseModelError where neither is found.
 

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 from instantbooth.errors import WeightsError
+from instantbooth.model.record import RECORD
 from instantbooth.model.weights import folder_digest
 
-RECORD = "RECORD.json"
 MODELS = "models"
 
 

@@ -41,19 +41,16 @@ class InstantBooth(Method[Concept]):
         self.masked = masked
 
     def fit(self, references: Sequence[Reference], class_noun: str) -> Concept:
-        """Encodes the references. ParameterError where masks are wanted and can neither be read nor found."""
+        """Encodes the references. ParameterError where masks are wanted and one has none."""
         images = [reference.image for reference in references]
         if not self.masked:
             return self.booth.encode(images, class_noun, masked=False)
         masks = [reference.mask for reference in references if reference.mask is not None]
-        if len(masks) == len(images):
-            return self.booth.encode(images, class_noun, masks)
-        if self.booth.subject_encoder.segmenter is None:
+        if len(masks) < len(images):
             raise ParameterError(
-                f"{len(images) - len(masks)} of {len(images)} references have no mask, and there is no segmentation "
-                "model to find them; give masks, name a segmenter, or leave out instantbooth-masked"
+                f"{len(images) - len(masks)} of {len(images)} references have no mask; give all, or masked=False"
             )
-        return self.booth.encode(images, class_noun)
+        return self.booth.encode(images, class_noun, masks)
 
     def generate(self, subject: Concept, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
         """Pictures of prompts in which the concept stands for the subject."""

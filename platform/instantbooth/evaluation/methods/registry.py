@@ -22,7 +22,6 @@ from instantbooth.evaluation.methods.personalizer import InstantBooth, InstantBo
 from instantbooth.evaluation.methods.textual_inversion import TextualInversion, TextualInversionConfig
 from instantbooth.model.base import BaseModel, device_of, locate, unet_outline
 from instantbooth.model.personalizer import check_fit
-from instantbooth.model.segmentation import Segmenter
 from instantbooth.presets import ModelPreset
 
 
@@ -89,7 +88,7 @@ class Parts:
     """What methods are built of."""
 
     models: ModelPreset
-    """Base, image encoder, segmenter, and InstantBooth's weights."""
+    """Base, image encoder and InstantBooth's weights."""
     ip_adapter: Path
     """Folder with global/ and plus/, each with an ip_adapter.safetensors."""
     ip_adapter_image_encoder: str
@@ -100,6 +99,11 @@ class Parts:
     personalizer: type[Personalizer] = Personalizer
     """InstantBooth itself, or a variant that ablations compare it with."""
 
+    @property
+    def base(self) -> BaseModel:
+        """The base, loaded."""
+        return BaseModel.load(self.models.base, device=device_of(self.device), dtype=torch.float32)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
@@ -107,112 +111,101 @@ class Entry:
 
     title: str
     build: Callable[[Parts], Method[Any]]
+    folders: Callable[[Parts], list[Path]] = lambda parts: [locate(parts.models.base)]
+    """The models that its pictures depend on."""
+    check: Callable[[Parts], None] = lambda parts: None
+    """What can be wrong with them before any is loaded. Raises ParameterError and WeightsError."""
     any_class: bool = True
     """Whether it pictures subjects of any class, or those alone that InstantBooth's weights know."""
-
-
-def _booth(parts: Parts) -> Personalizer:
-    models = parts.models
-    return parts.personalizer.from_pretrained(
-        locate(models.base),
-        weights=models.weights,
-        image_encoder=models.image_encoder,
-        segmenter=models.segmenter,
-        device=parts.device,
-    )
-
-
-def _base(parts: Parts) -> BaseModel:
-    return BaseModel.load(parts.models.base, device=device_of(parts.device), dtype=torch.float32)
-
-
-def _ip_adapter(parts: Parts, config: IPAdapterConfig) -> IPAdapter:
-    image_encoder = locate(parts.ip_adapter_image_encoder)
-    return IPAdapter(_base(parts), image_encoder, _ip_adapter_file(parts, config), parts.sampling, config)
-
-
-def _ip_adapter_file(parts: Parts, config: IPAdapterConfig) -> Path:
-    return parts.ip_adapter / config.variant / weights.FILE
+    reads_masks: bool = False
+    """Whether it is given its subjects masked where masks are known."""
 
 
 MASKED = "instantbooth-masked"
 
+
+def _instantbooth(name: str, title: str) -> Entry:
+    def build(parts: Parts) -> InstantBooth:
+        models = parts.models
+        booth = parts.personalizer.from_pretrained(
+            locate(models.base), weights=models.weights, image_encoder=models.image_encoder, device=parts.device
+        )
+        return InstantBooth(booth, parts.sampling, parts.settings.of(name), masked=name == MASKED)
+
+    def folders(parts: Parts) -> list[Path]:
+        models = parts.models
+        return [locate(each) for each in (models.base, models.weights, models.image_encoder) if each]
+
+    def check(parts: Parts) -> None:
+        if parts.models.weights is None:
+            raise ParameterError(f"{name} needs trained weights; pass --weights, or leave it out by --methods")
+        check_fit(parts.models)
+
+    return Entry(title=title, build=build, folders=folders, check=check, any_class=False, reads_masks=name == MASKED)
+
+
+def _ip_adapter(name: str, title: str) -> Entry:
+    def folder(parts: Parts) -> Path:
+        variant: str = parts.settings.of(name).variant
+        return parts.ip_adapter / variant
+
+    def build(parts: Parts) -> IPAdapter:
+        image_encoder, file = locate(parts.ip_adapter_image_encoder), folder(parts) / weights.FILE
+        return IPAdapter(parts.base, image_encoder, file, parts.sampling, parts.settings.of(name))
+
+    def folders(parts: Parts) -> list[Path]:
+        return [locate(parts.models.base), folder(parts), locate(parts.ip_adapter_image_encoder)]
+
+    def check(parts: Parts) -> None:
+        file, image_encoder = folder(parts) / weights.FILE, locate(parts.ip_adapter_image_encoder)
+        state, base = weights.load(file, parts.settings.of(name).variant), locate(parts.models.base)
+        check_origin(file, base, image_encoder)
+        weights.check_fits(unet_outline(base), state, file)
+        weights.check_reads(image_encoder, state, file)
+
+    return Entry(title=title, build=build, folders=folders, check=check, reads_masks=True)
+
+
 METHODS: Mapping[str, Entry] = {
     "textual-inversion": Entry(
         title="Textual Inversion",
-        build=lambda parts: TextualInversion(_base(parts), parts.sampling, parts.settings.textual_inversion),
+        build=lambda parts: TextualInversion(parts.base, parts.sampling, parts.settings.textual_inversion),
     ),
     "dreambooth": Entry(
         title="DreamBooth",
-        build=lambda parts: DreamBooth(_base(parts), parts.sampling, parts.settings.dreambooth),
+        build=lambda parts: DreamBooth(parts.base, parts.sampling, parts.settings.dreambooth),
     ),
     "dreambooth-lora": Entry(
         title="DreamBooth, LoRA",
-        build=lambda parts: DreamBooth(_base(parts), parts.sampling, parts.settings.dreambooth_lora),
+        build=lambda parts: DreamBooth(parts.base, parts.sampling, parts.settings.dreambooth_lora),
     ),
-    "ip-adapter": Entry(
-        title="IP-Adapter",
-        build=lambda parts: _ip_adapter(parts, parts.settings.ip_adapter),
-    ),
-    "ip-adapter-plus": Entry(
-        title="IP-Adapter Plus",
-        build=lambda parts: _ip_adapter(parts, parts.settings.ip_adapter_plus),
-    ),
-    "instantbooth": Entry(
-        title="InstantBooth",
-        build=lambda parts: InstantBooth(_booth(parts), parts.sampling, parts.settings.instantbooth, masked=False),
-        any_class=False,
-    ),
-    MASKED: Entry(
-        title="InstantBooth + M",
-        build=lambda parts: InstantBooth(
-            _booth(parts), parts.sampling, parts.settings.instantbooth_masked, masked=True
-        ),
-        any_class=False,
-    ),
+    "ip-adapter": _ip_adapter("ip-adapter", "IP-Adapter"),
+    "ip-adapter-plus": _ip_adapter("ip-adapter-plus", "IP-Adapter Plus"),
+    "instantbooth": _instantbooth("instantbooth", "InstantBooth"),
+    MASKED: _instantbooth(MASKED, "InstantBooth + M"),
 }
 """In the order of the paper's Table 1."""
 
 
 def check_methods(names: tuple[str, ...], parts: Parts) -> None:
-    """What can be wrong before any model is loaded: unknown names, weights that are not there or of another base.
+    """What can be wrong before any model is loaded: unknown names, and what the entries check.
 
     Raises ParameterError and WeightsError.
     """
     for name in names:
         if name not in METHODS:
             raise ParameterError(f"method {name!r} is unknown. {did_you_mean(name, METHODS)}")
-        config = parts.settings.of(name)
-        if isinstance(config, IPAdapterConfig):
-            file, image_encoder = _ip_adapter_file(parts, config), locate(parts.ip_adapter_image_encoder)
-            state, base = weights.load(file, config.variant), locate(parts.models.base)
-            check_origin(file, base, image_encoder)
-            weights.check_fits(unet_outline(base), state, file)
-            weights.check_reads(image_encoder, state, file)
-        elif isinstance(config, InstantBoothConfig):
-            if parts.models.weights is None:
-                raise ParameterError(f"{name} needs trained weights; pass --weights, or leave it out by --methods")
-            check_fit(parts.models)
+        METHODS[name].check(parts)
 
 
-def check_references(names: tuple[str, ...], parts: Parts, cases: Sequence[Case]) -> None:
-    """ParameterError where a method needs masks that are not there, ImageError where none is found.
-
-    Masks are looked for where none are given: one that fails would end a table after hours.
-    """
-    unmasked = [case for case in cases if any(reference.mask is None for reference in case.references)]
-    if MASKED not in names or not unmasked:
-        return
-    if parts.models.segmenter is None:
+def check_references(names: tuple[str, ...], cases: Sequence[Case]) -> None:
+    """ParameterError where a method needs masks that are neither given nor found."""
+    unmasked = [case.name for case in cases if any(reference.mask is None for reference in case.references)]
+    if MASKED in names and unmasked:
         raise ParameterError(
-            f"{MASKED} needs masks, and the pictures of {unmasked[0].name} have none; pass --masks or --segmenter, or "
+            f"{MASKED} needs masks, and the pictures of {unmasked[0]} have none; pass --masks or --segmenter, or "
             "leave it out by --methods"
         )
-    segmenter = Segmenter(locate(parts.models.segmenter), device=device_of(parts.device))
-    for case in unmasked:
-        for number, reference in enumerate(case.references, start=1):
-            if reference.mask is None:
-                segmenter.mask(reference.image.convert("RGB"), case.class_noun, f"{case.name}, reference {number}")
 
 
 def _changed(name: str, known: Any, given: Mapping[str, object]) -> Any:

@@ -186,7 +186,7 @@ def test_a_run_into_its_own_manifest_is_refused_however_it_is_written(
 
 
 def test_the_page_on_a_million_identities_is_what_the_command_prints() -> None:
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     assert (root / "infra" / "million.md").read_text() == page(MillionEstimate())
 
 

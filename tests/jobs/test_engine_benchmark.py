@@ -22,8 +22,8 @@ from jobs.benchmarks.arrivals import Picture, poisson, replay
 from jobs.benchmarks.engine import REQUEST_LEVEL, STEP_LEVEL, EngineBenchmark, _identical, _measure, goals_of
 from jobs.benchmarks.engine_peak import against_one_request, flops_of_step, share_of_peak
 from jobs.benchmarks.fixed_batches import FixedBatches
-from jobs.benchmarks.goals import at_least, at_most, conclude
 from jobs.benchmarks.peak import unet_tflop
+from jobs.goals import at_least, at_most, conclude
 from tests.tiny import portrait
 
 

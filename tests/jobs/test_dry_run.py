@@ -19,7 +19,7 @@ from instantbooth.errors import ManifestError, ParameterError, StorageError
 from jobs.dry_run import DryRunConfig, dry_run, estimate
 from tests.measured import MEASURED, Taken
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 GOOD = {"id": "ada", "images": ["s3://in/ada.jpg"], "class_noun": "person", "prompts": ["a photo of a {subject}"]}
 
 

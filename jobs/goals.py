@@ -1,4 +1,4 @@
-"""What a benchmark is measured by: a value, its bar, and whether it is met."""
+"""What a command is measured by: a value, its bar, and whether it is met."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from instantbooth.errors import ParameterError
 from jobs import build_miniature, cli, demo, evaluate
 from jobs.benchmarks import engine
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def test_without_a_terminal_lines_tell_how_far_it_is(

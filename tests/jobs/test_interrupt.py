@@ -14,7 +14,7 @@ import pytest
 
 pytestmark = pytest.mark.full
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 MARK = "INSTANTBOOTH_INTERRUPTED"
 
 

@@ -17,7 +17,7 @@ from instantbooth.presets import miniature_folder, weights_folder
 from instantbooth.storage import FileStore
 from instantbooth.training.adapters import AdapterTrainingConfig
 from jobs.demo import DemoConfig, run
-from jobs.report import Subject, write_contact_sheet
+from jobs.demo_page import Subject, write_contact_sheet
 from pipelines.model import ModelConfig
 from pipelines.personalize import load_manifest
 from pipelines.plan import pieces

@@ -12,7 +12,9 @@ import torch
 from instantbooth import Personalizer
 from instantbooth.errors import ParameterError
 from instantbooth.miniature.pairs import loop_of
-from instantbooth.miniature.recipe import GPU, NEEDS, RECIPES, RECORD, STAGES, Recipe, Workshop, build, ship
+from instantbooth.miniature.recipe import GPU, NEEDS, RECIPES, STAGES, Recipe, Workshop, build
+from instantbooth.miniature.shipping import ship
+from instantbooth.model.record import RECORD
 from instantbooth.presets import miniature_folder, miniature_preset
 from instantbooth.training.adapters import AdapterTrainingConfig
 from instantbooth.training.loop import LoopConfig

@@ -14,9 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from instantbooth.errors import ImageError, InstantBoothError, ParameterError, WeightsError
 from instantbooth.evaluation.ip_adapter import weights
-from instantbooth.evaluation.ip_adapter.origin import MODELS, RECORD
+from instantbooth.evaluation.ip_adapter.origin import MODELS
 from instantbooth.evaluation.methods.registry import METHODS
 from instantbooth.evaluation.metrics import reconstruction
+from instantbooth.evaluation.miniature_cases import draw_cases
+from instantbooth.images import mask_coverage
+from instantbooth.model.record import RECORD
 from instantbooth.presets import miniature_folder
 from jobs.evaluation.frontier import Frontier, frontier
 from jobs.evaluation.protocol import Photographs
@@ -226,9 +229,24 @@ def test_a_reference_without_its_subject_is_told_before_any_cell(prepared: dict[
     photographs = replace(prepared["photographs"], data=tmp_path / "photos", masks=None, segmenter=segmenter)
     write(tmp_path / "photos" / "ada" / "0.png", Image.new("RGB", (64, 64), "white"))
     options = Table1(**prepared | {"photographs": photographs, "identities": 1}, references=1)
-    with pytest.raises(ImageError, match="ada, reference 1: no person found in it"):
-        options.check(("dreambooth", "instantbooth-masked"))
-    options.check(("dreambooth",))
+    for method in ("instantbooth-masked", "ip-adapter"):
+        with pytest.raises(ImageError, match="ada, reference 1: no person found in it"):
+            replace(options, methods=(method,)).check((method,))
+    replace(options, methods=("dreambooth",)).check(("dreambooth",))
+
+
+def test_masks_are_found_once_for_all_methods_that_read_them(prepared: dict[str, Any], tmp_path: Path) -> None:
+    segmenter = str(miniature_folder() / "segmenter")
+    photographs = replace(prepared["photographs"], data=tmp_path / "photos", masks=None, segmenter=segmenter)
+    for number, case in enumerate(draw_cases("validation", 3, references=1)[::2]):
+        write(tmp_path / "photos" / TEST[number] / "0.png", case.references[0].image)
+    options = Table1(**prepared | {"photographs": photographs}, references=1, methods=("ip-adapter",))
+    found = [case.references[0].mask for case in options.cases]
+    assert all(mask is not None and 0.05 < mask_coverage(mask) < 0.9 for mask in found)
+    others = replace(options, methods=("dreambooth",)).cases
+    assert all(case.references[0].mask is None for case in others), "nobody reads them"
+    teapots = replace(options, photographs=replace(photographs, class_noun="teapot")).cases
+    assert all(case.references[0].mask is None for case in teapots), "the segmenter knows none"
 
 
 def test_another_clip_may_judge_than_methods_read(prepared: dict[str, Any], tiny: Path) -> None:

@@ -101,9 +101,10 @@ def test_a_table_is_made_once_and_resumed_cell_by_cell_and_shown_on_a_page(
 
     write_beside(tmp_path, table)
     options_of_page = Report(**{each.name: getattr(options, each.name) for each in fields(options)}, shown=1)
-    written = (tmp_path / "table1.json").read_bytes()
+    # A table of fewer subjects, made since, is not what the page shows.
+    (tmp_path / "table1.json").write_text("{}")
     report(options_of_page)
-    assert (tmp_path / "table1.json").read_bytes() == written
+    assert json.loads((tmp_path / "table1.json").read_text()) == table
     page = (tmp_path / "report.html").read_text()
     assert DRAWN in page
     assert all(words in page for words in ("U-Net tuned", "0.3142 ✓", "0.7265 higher here", "trained 7 steps"))
@@ -128,7 +129,7 @@ def test_a_table_is_made_once_and_resumed_cell_by_cell_and_shown_on_a_page(
         for each in judge_all(options, options.entrants)
     ]
     made, nothing = table["made_by"], Found(files={}, left_out=("frontier.json is left out",))
-    bare = page_of(options_of_page, judged, table_rows(options, judged), made, nothing, None)
+    bare = page_of(options_of_page, judged, table_rows(options, judged), None, made, nothing, None)
     assert "Reconstruction" not in bare
     assert "frontier.json is left out" in bare
 
@@ -152,7 +153,7 @@ def test_times_of_different_machines_are_not_compared(tmp_path: Path) -> None:
     seconds = Seconds(fit=1.0, first=1.0, rest=0.0)
 
     def row_of_dreambooth(*machines: str) -> tuple[dict[str, Any], str]:
-        cells = [Cell(seconds=seconds, pictures=(), machine=machine) for machine in ("abacus", *machines)]
+        cells = [Cell(seconds=seconds, pictures=(), machine=machine, code="v1") for machine in ("abacus", *machines)]
         judged = [
             Judged(entrant=each, cells=own, values=values)
             for each, own in zip(options.entrants, (cells, cells[:1]), strict=True)
@@ -164,7 +165,7 @@ def test_times_of_different_machines_are_not_compared(tmp_path: Path) -> None:
     assert (row["seconds_ratio"], words) == (1, "Times: abacus.")
     row, words = row_of_dreambooth("loom")
     assert "seconds_ratio" not in row
-    assert words.endswith("do not compare: DreamBooth on abacus and loom; InstantBooth on abacus.")
+    assert words.endswith("do not compare: DreamBooth: abacus and loom; InstantBooth: abacus.")
 
 
 def test_the_goals_are_those_of_the_method_and_each_can_be_missed() -> None:
@@ -359,10 +360,7 @@ def test_tuning_tries_each_value_with_each_and_never_on_the_test_split(tmp_path:
     tried = {(each.parts.settings.dreambooth.learning_rate, each.parts.settings.dreambooth.steps) for each in entrants}
     assert tried == {(rate, steps) for rate in (1e-4, 1e-3) for steps in (1, 2, 3)}
     assert len({each.label for each in entrants}) == len({each.digest for each in entrants}) == 6
-    tuned = [name for name in METHODS if not name.startswith("instantbooth")]
-    assert all(grid.of(name) for name in tuned)
-    with pytest.raises(ParameterError, match="nothing to tune"):
-        grid.of("instantbooth")
+    assert all(grid.of(name) for name in METHODS)
     with pytest.raises(ParameterError, match="not chosen on the split"):
         tune(Tune(split="test"))
     with pytest.raises(ParameterError, match="Did you mean 'dreambooth'"):
