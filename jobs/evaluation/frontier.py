@@ -35,7 +35,7 @@ class Frontier(Protocol):
     """Whose α and β are varied; IP-Adapter's references are masked too."""
     adapter_scales: tuple[float, ...] = (0.5, 1.0, 1.4, 1.8)
     """β."""
-    concept_scales: tuple[float, ...] = (0.4, 0.8, 1.2)
+    concept_scales: tuple[float, ...] = (0.4, 0.8, 1.2, 1.6)
     """α."""
     ip_adapter_scales: tuple[float, ...] = (0.4, 0.8, 1.2, 1.6, 2.0, 2.4, 3.0)
     """Strengths of the image tokens, for both variants."""
