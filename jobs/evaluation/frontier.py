@@ -93,14 +93,17 @@ def plot(series: dict[str, list[dict[str, Any]]], title: str) -> bytes:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7.2, 4.6))
-    axes.scatter(*_xy(series["grid"]), s=22, color="#b4552d", alpha=0.45, label=f"{title}, α × β")
+    own = "#b4552d"
+    axes.scatter(*_xy(series["grid"]), s=22, color=own, alpha=0.45, label=f"{title}, α × β")
     for name, color in zip(CURVES, ("#3d6a8a", "#5a8f5a"), strict=True):
         axes.plot(*_xy(series[name]), marker="o", markersize=3.5, color=color, label=f"{METHODS[name].title}, scales")
+    others = itertools.cycle(("#8a6fae", "#c9a227", "#7a7a7a", "#3b3b3b"))
     for row in series["points"]:
         x, y = row[X], row[Y]
         errors = [[[each["mean"] - each["low"]], [each["high"] - each["mean"]]] for each in (x, y)]
-        axes.errorbar(x["mean"], y["mean"], xerr=errors[0], yerr=errors[1], fmt="D", markersize=5, capsize=2)
-        axes.annotate(row["title"], (x["mean"], y["mean"]), textcoords="offset points", xytext=(7, 5), fontsize=9)
+        color = own if row["title"] == title else next(others)
+        bars = {"xerr": errors[0], "yerr": errors[1], "elinewidth": 0.9, "capsize": 2}
+        axes.errorbar(x["mean"], y["mean"], **bars, fmt="D", markersize=6, color=color, label=row["title"])
     axes.set_xlabel("alignment with the prompt (CLIP) →")
     axes.set_ylabel("similarity to the subject →")
     axes.spines[["top", "right"]].set_visible(False)
