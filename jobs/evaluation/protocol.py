@@ -42,6 +42,7 @@ from jobs import cli
 
 SETTINGS = "settings.json"
 """What `tune` leaves in its output: settings of the methods that it tuned. The miniature ships its own."""
+SHIPPED = "the shipped miniature's"
 GALLERY_REFERENCES = 5
 """Pictures of each of the miniature's subjects that a generated one is compared with."""
 REFERENCES = 5
@@ -203,7 +204,7 @@ class Protocol:
             return store.uri(SETTINGS), store.get(SETTINGS).decode()
         shipped = miniature_folder() / SETTINGS
         of_these_models = not self.real and self.models is None
-        return (str(shipped), shipped.read_text()) if of_these_models and shipped.exists() else None
+        return (SHIPPED, shipped.read_text()) if of_these_models and shipped.exists() else None
 
     @property
     def methods_set(self) -> list[str]:
