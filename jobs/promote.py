@@ -11,8 +11,7 @@ from pathlib import Path
 
 from instantbooth import Personalizer
 from instantbooth.errors import ParameterError, WeightsError
-from instantbooth.evaluation.cells import evaluate
-from instantbooth.evaluation.figures import judge, table_row
+from instantbooth.evaluation.figures import judge_pictures, table_row
 from instantbooth.evaluation.methods.interface import Sampling
 from instantbooth.evaluation.methods.personalizer import InstantBooth
 from instantbooth.evaluation.miniature import Examination, draw_subjects, judges_of
@@ -145,13 +144,15 @@ def _on_photographs(config: PromoteConfig) -> Examiner:
     """By the protocol of `jobs.evaluate`, on the validation split."""
     protocol = Protocol(photographs=config.photographs, split="validation", identities=config.identities)
     judges, gallery, cases = protocol.judges, protocol.judged_against, protocol.cases
+    masked = all(reference.mask is not None for case in cases for reference in case.references)
 
     def examine(booth: Personalizer) -> dict[str, float]:
         sampling = Sampling(**{each.name: getattr(booth.defaults, each.name) for each in fields(Sampling)})
-        masked = config.photographs.masks is not None or booth.subject_encoder.segmenter is not None
         method = InstantBooth(booth, sampling, masked=masked)
-        cells = [evaluate(method, case, machine="") for case in cases]
-        row = table_row(judge(judges, gallery, cases, cells))
+        pictures = [
+            method.generate(method.fit(case.references, case.class_noun), case.texts, case.seeds) for case in cases
+        ]
+        row = table_row(judge_pictures(judges, gallery, cases, pictures))
         return {gate: row[column]["mean"] for gate, column in zip(GATES, JUDGED, strict=True)}
 
     return examine
@@ -160,12 +161,7 @@ def _on_photographs(config: PromoteConfig) -> Examiner:
 def _figures(config: PromoteConfig, version: Version, examiner: Examiner) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as scratch:
         weights = Registry(config.tracking_uri).download(version, Path(scratch))
-        booth = Personalizer.from_pretrained(
-            version.base,
-            image_encoder=version.image_encoder or None,
-            weights=weights,
-            segmenter=config.photographs.segmenter,
-        )
+        booth = Personalizer.from_pretrained(version.base, image_encoder=version.image_encoder or None, weights=weights)
     return {gate: round(value, 4) for gate, value in examiner(booth).items()}
 
 

@@ -104,8 +104,7 @@ class Photographs:
         identity = dino if self.face is None else FaceEmbedder(self.face, size=self.face_size)
         if identity is None:
             raise ParameterError(
-                "photographs need somebody who tells their subjects apart; pass --face, a TorchScript or ONNX file, or "
-                "--dino"
+                "photographs need somebody who tells their subjects apart; pass --face, a TorchScript or ONNX file"
             )
         return Judges.load(locate(self.judging_clip), identity, dino=dino)
 
