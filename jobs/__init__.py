@@ -1,4 +1,4 @@
-"""Entry points, one a file: `python -m jobs.demo --help`.
+"""Entry points, one a file, and what they share: `python -m jobs.demo --help`.
 
 The settings below are read when transformers, diffusers and MLflow are imported, so they are made here, before any of
 them. Workers inherit them. What the user has set stands.

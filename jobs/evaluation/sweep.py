@@ -77,7 +77,7 @@ def _run(protocol: Protocol, tasks: Sequence[tuple[Entrant, int]]) -> None:
     task = _evaluate.options(num_cpus=protocol.cpus, num_gpus=protocol.gpus)
     share = f"{protocol.gpus:g} GPUs" if protocol.gpus else f"{protocol.cpus:g} logical CPUs"
     output, code = absolute_uri(protocol.output), revision()
-    cases = {number: ray.put(protocol.cases[number]) for _, number in tasks}
+    cases = {number: ray.put(protocol.cases[number]) for number in {number for _, number in tasks}}
     running = [
         task.remote(
             cases[number], each.method, _absolute_parts(each.parts), each.digest, output=output, share=share, code=code

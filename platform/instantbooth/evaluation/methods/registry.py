@@ -99,9 +99,8 @@ class Parts:
     personalizer: type[Personalizer] = Personalizer
     """InstantBooth itself, or a variant that ablations compare it with."""
 
-    @property
-    def base(self) -> BaseModel:
-        """The base, loaded."""
+    def load_base(self) -> BaseModel:
+        """A base of the method's own, which it may change."""
         return BaseModel.load(self.models.base, device=device_of(self.device), dtype=torch.float32)
 
 
@@ -151,7 +150,7 @@ def _ip_adapter(name: str, title: str) -> Entry:
 
     def build(parts: Parts) -> IPAdapter:
         image_encoder, file = locate(parts.ip_adapter_image_encoder), folder(parts) / weights.FILE
-        return IPAdapter(parts.base, image_encoder, file, parts.sampling, parts.settings.of(name))
+        return IPAdapter(parts.load_base(), image_encoder, file, parts.sampling, parts.settings.of(name))
 
     def folders(parts: Parts) -> list[Path]:
         return [locate(parts.models.base), folder(parts), locate(parts.ip_adapter_image_encoder)]
@@ -169,15 +168,15 @@ def _ip_adapter(name: str, title: str) -> Entry:
 METHODS: Mapping[str, Entry] = {
     "textual-inversion": Entry(
         title="Textual Inversion",
-        build=lambda parts: TextualInversion(parts.base, parts.sampling, parts.settings.textual_inversion),
+        build=lambda parts: TextualInversion(parts.load_base(), parts.sampling, parts.settings.textual_inversion),
     ),
     "dreambooth": Entry(
         title="DreamBooth",
-        build=lambda parts: DreamBooth(parts.base, parts.sampling, parts.settings.dreambooth),
+        build=lambda parts: DreamBooth(parts.load_base(), parts.sampling, parts.settings.dreambooth),
     ),
     "dreambooth-lora": Entry(
         title="DreamBooth, LoRA",
-        build=lambda parts: DreamBooth(parts.base, parts.sampling, parts.settings.dreambooth_lora),
+        build=lambda parts: DreamBooth(parts.load_base(), parts.sampling, parts.settings.dreambooth_lora),
     ),
     "ip-adapter": _ip_adapter("ip-adapter", "IP-Adapter"),
     "ip-adapter-plus": _ip_adapter("ip-adapter-plus", "IP-Adapter Plus"),
