@@ -43,6 +43,7 @@ from jobs import cli
 SETTINGS = "settings.json"
 """What `tune` leaves in its output: settings of the methods that it tuned. The miniature ships its own."""
 SHIPPED = "the shipped miniature's"
+"""Name of the settings that it ships, as tables say where settings come from."""
 GALLERY_REFERENCES = 5
 """Pictures of each of the miniature's subjects that a generated one is compared with."""
 REFERENCES = 5
